@@ -1,0 +1,89 @@
+"""Checkpoints: files of tensors and plain values, written whole or not at all, read without running anything in them."""
+import os
+import pathlib
+
+import torch
+
+FORMAT = 1  # raised when a file of before can no longer be read
+
+
+class CheckpointError(ValueError):
+    """The file is no checkpoint that can be used here; the message says why, in one line."""
+
+
+def save_checkpoint(folder, step, state, *, keep):
+    """Writes folder/step_0000000.pt and removes all but the newest `keep` checkpoints; returns the path.
+
+    The file gets its name only when all of it is on the disk, and older ones go only after that: at any moment, a power
+    cut or a full disk leaves a whole checkpoint behind, if there was one.
+
+    Args:
+        step: number of the step, for the name and the order.
+        state: a dict of tensors and plain values.
+        keep: at least 1.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:07d}.pt"
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(folder):
+    """Returns the checkpoints in a folder, oldest first."""
+    return sorted(pathlib.Path(folder).glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
+
+
+def load_checkpoint(path):
+    """Returns the state saved in a file, on the CPU.
+
+    Raises:
+        CheckpointError: missing, damaged, of another format, or holding anything but tensors and plain values.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception as error:  # whatever the reader meets in a damaged or hostile file
+        raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this program, or of another version")
+    return state
+
+
+def load_newest(folder, *, report=print):
+    """Returns the state of the newest checkpoint in a folder that can be read, None where there is none.
+
+    Damaged ones are passed over, each with a line to `report`; leftovers of an interrupted save are removed.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be read.
+    """
+    folder = pathlib.Path(folder)
+    for leftover in folder.glob("step_*.tmp"):
+        leftover.unlink()
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            report(f"{error}; trying the one before")
+    if paths:
+        raise CheckpointError(f"{folder}: none of the checkpoints can be read; --fresh starts anew beside it")
+    return None

@@ -1,0 +1,166 @@
+"""Every setting of a training run: its default, its help, its checks, its command line. Standard library only."""
+import argparse
+import dataclasses
+import pathlib
+import typing
+
+IMAGE_SIZES = (32, 64, 128, 256)
+
+
+def _option(default, group, help, *, metavar=None, choices=None, least=None, above=None):
+    metadata = dict(group=group, help=help, metavar=metavar, choices=choices, least=least, above=above)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one run. `--base-channels` on the command line is `base_channels` here."""
+
+    data: str | None = _option(None, "data", "folder of images, flat or with a folder for each class", metavar="DIR")
+    demo: bool = _option(False, "data", "draw a small folder of images and train on it, at settings that suit a laptop")
+    image_size: int = _option(128, "data", "side of the square images", choices=IMAGE_SIZES)
+    cache_dir: str = _option("cache", "data", "where decoded images are kept", metavar="DIR")
+    augment: bool = _option(False, "data", "show the critic mirrored, shifted, zoomed and toned images, real and "
+                                           "generated alike; for sets of few images")
+
+    out: str | None = _option(None, "run", "run folder; not given: runs/<name of the data folder>, numbered where that "
+                                           "holds another data folder or model", metavar="DIR")
+    steps: int = _option(20_000, "run", "length of the run: generator updates, each with its critic updates", metavar="N",
+                         least=1)
+    epochs: float | None = _option(None, "run", "length of the run in passes over the images, in place of --steps",
+                                   metavar="N", above=0)
+    resume: str | None = _option(None, "run", "start an empty run folder from this checkpoint", metavar="PATH")
+    fresh: bool = _option(False, "run", "start anew in a numbered run folder rather than continue")
+    dry_run: bool = _option(False, "run", "show what would be trained, run one step, save nothing")
+    seed: int = _option(0, "run", "of the initial weights, the order of the images and all noise", metavar="N", least=0)
+    device: str = _option("auto", "run", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = _option("auto", "run", "of convolutions and matrix products; auto: bfloat16 where the device is fast "
+                                            "at it", choices=("auto", "float32", "bfloat16"))
+
+    latent_dim: int = _option(128, "model", "size of the latent vector", metavar="Z", least=1)
+    base_channels: int = _option(48, "model", "width of the largest maps; deeper ones are up to 8 times wider",
+                                 metavar="N", least=1)
+    output_layer: str = _option("cnn", "model", "what follows the decoder: CNNParamTanh, one learned alpha for all "
+                                                "images, or nothing", choices=("cnn", "static", "none"))
+    num_frames: int = _option(16, "model", "frames of the synthetic video", metavar="T", least=1)
+    alpha_grid: int = _option(16, "model", "side of the grid of alpha that the CNN predicts", metavar="G", least=1)
+
+    batch_size: int = _option(16, "training", "images per update", metavar="N", least=1)
+    critic_steps: int = _option(1, "training", "critic updates per generator update", metavar="N", least=1)
+    critic_learning_rate: float = _option(4e-4, "training", "Adam's step size for the critic", metavar="RATE", above=0)
+    generator_learning_rate: float = _option(4e-4, "training", "Adam's step size for the VAE, the CNN and the layer",
+                                             metavar="RATE", above=0)
+    gradient_penalty_weight: float = _option(10.0, "training", "of the gradient penalty in the critic's loss",
+                                             metavar="WEIGHT", least=0)
+    reconstruction_weight: float = _option(1.0, "training", "of the reconstruction in the generator's loss",
+                                           metavar="WEIGHT", least=0)
+    kl_weight: float = _option(0.1, "training", "of the KL divergence, per nat, in the generator's loss", metavar="WEIGHT",
+                               least=0)
+    ema_half_life_images: float = _option(5_000.0, "training", "images after which the averaged generator has forgotten "
+                                          "half; shorter at the start of a run", metavar="IMAGES", above=0)
+
+    log_every: int = _option(50, "output", "steps between lines of metrics.jsonl", metavar="STEPS", least=1)
+    sample_every: int = _option(500, "output", "steps between sample grids", metavar="STEPS", least=1)
+    checkpoint_every: int = _option(500, "output", "steps between checkpoints", metavar="STEPS", least=1)
+    keep_checkpoints: int = _option(2, "output", "newest checkpoints kept", metavar="N", least=1)
+
+    def faults(self):
+        """Returns one line for every setting that cannot work, each starting with the option's name."""
+        found = []
+        if (self.data is None) == (not self.demo):
+            found.append("--data: name a folder of images, or use --demo; one of the two")
+        if self.fresh and self.resume:
+            found.append("--fresh: starts from nothing, so it does not go with --resume")
+        for field in dataclasses.fields(self):
+            name, value, rule = option_name(field.name), getattr(self, field.name), field.metadata
+            if value is None:
+                continue
+            kind = _kind(field)
+            if not isinstance(value, (int, float) if kind is float else kind):
+                found.append(f"{name}: must be {KINDS[kind]}, got {value!r}")
+            elif rule["choices"] and value not in rule["choices"]:
+                found.append(f"{name}: must be one of {', '.join(map(str, rule['choices']))}, got {value}")
+            # Written so that NaN fails too.
+            elif rule["least"] is not None and not rule["least"] <= value < float("inf"):
+                found.append(f"{name}: must be at least {rule['least']}, got {value}")
+            elif rule["above"] is not None and not rule["above"] < value < float("inf"):
+                found.append(f"{name}: must be above {rule['above']}, got {value}")
+        if not found and self.alpha_grid > self.image_size:
+            found.append(f"--alpha-grid: must be at most --image-size ({self.image_size}), got {self.alpha_grid}")
+        return found
+
+    def check(self):
+        """Raises one ValueError with all faults, a line each."""
+        if faults := self.faults():
+            raise ValueError("\n".join(faults))
+
+    def model_arguments(self):
+        """Returns the keyword arguments of VAE."""
+        names = ("image_size", "latent_dim", "base_channels", "num_frames", "output_layer", "alpha_grid")
+        return {name: getattr(self, name) for name in names}
+
+
+# What --demo changes, where the command line does not say otherwise: a few minutes on two CPU cores.
+DEMO = dict(image_size=32, base_channels=32, steps=4_000, sample_every=250, checkpoint_every=1_000)
+
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def option_name(field_name):
+    return "--" + field_name.replace("_", "-")
+
+
+def _kind(field):
+    return next(kind for kind in KINDS if kind in (field.type, *typing.get_args(field.type)))
+
+
+def _lenient(kind):
+    """A converter that hands on what it cannot read, so that Config.faults reports it with all the others."""
+    def convert(text):
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+    return convert
+
+
+def parser():
+    """Returns the argparse parser of training.py, made from the fields of Config."""
+    made = argparse.ArgumentParser(
+        prog="training.py", allow_abbrev=False,
+        description="Train a VAE with a CNNParamTanh layer as the generator of a WGAN-GP, on a folder of images. "
+                    "Running the same command again continues the run.")
+    groups = {}
+    for field in dataclasses.fields(Config):
+        rule = field.metadata
+        if rule["group"] not in groups:
+            groups[rule["group"]] = made.add_argument_group(rule["group"])
+        group = groups[rule["group"]]
+        kind = _kind(field)
+        if kind is bool:
+            group.add_argument(option_name(field.name), action="store_true", help=rule["help"])
+        else:
+            shown = "" if field.default is None else f" (default: {field.default:{'g' if kind is float else ''}})"
+            metavar = rule["metavar"] or "|".join(map(str, rule["choices"]))
+            group.add_argument(option_name(field.name), type=_lenient(kind), default=field.default, metavar=metavar,
+                               help=rule["help"] + shown)
+    return made
+
+
+def from_command_line(arguments=None):
+    """Returns the Config of a command line (sys.argv where not given). Prints all faults and exits with 2 if it has any."""
+    made = parser()
+    given = made.parse_args(arguments)
+    if given.demo:
+        made.set_defaults(**DEMO)
+        given = made.parse_args(arguments)
+    config = Config(**vars(given))
+    if faults := config.faults():
+        made.exit(2, "\n".join(faults) + "\n")
+    return config
+
+
+def default_out(config):
+    """Returns the run folder that a run has where none is named, before numbering."""
+    return pathlib.Path("runs") / ("demo" if config.demo else pathlib.Path(config.data).expanduser().resolve().name)

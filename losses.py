@@ -1,0 +1,77 @@
+"""The losses: Wasserstein distance with gradient penalty for the critic, and the terms of the VAE.
+
+Pure functions of tensors; each returns one scalar and says what it sums and what it averages.
+Notation as in model_definitions.py.
+"""
+import math
+
+import torch
+
+
+def critic_loss(real_scores, fake_scores):
+    """Returns mean(fake) - mean(real), minimised by the critic; its negative estimates the Wasserstein distance.
+
+    Args:
+        real_scores, fake_scores: (N,) unbounded.
+    """
+    return fake_scores.mean() - real_scores.mean()
+
+
+def generator_loss(fake_scores):
+    """Returns -mean(fake), minimised by the generator. The gradient penalty is no part of it."""
+    return -fake_scores.mean()
+
+
+def gradient_penalty(critic, real, fake, *, mixing=None):
+    """Returns the mean over samples of (||gradient of the score||_2 - 1)^2, at points between real and fake images.
+
+    Each sample is judged on its own: one mixing weight per sample, the norm over all of its C, H and W. The gradient is
+    taken where the critic takes it, the norm in at least float32. Where the gradient is zero the penalty is 1, and its
+    own gradient 0, not NaN: torch's vector norm has a defined slope there, a square root of a sum has none.
+
+    Args:
+        critic: maps (N, C, H, W) to scores (N,).
+        real, fake: (N, C, H, W).
+        mixing: (N, 1, 1, 1) in [0, 1], the share of the real image; drawn uniformly where not given.
+
+    Returns:
+        A scalar, unweighted, differentiable with respect to the critic's parameters.
+
+    Source: Gulrajani et al. 2017 (arXiv:1704.00028), algorithm 1, lines 4 to 7.
+    """
+    if mixing is None:
+        mixing = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
+    between = torch.lerp(fake.detach(), real.detach(), mixing).requires_grad_()
+    # The scores are summed so that one call gives every sample's gradient: no score depends on another sample.
+    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return (torch.linalg.vector_norm(gradient.flatten(1), dim=1) - 1).square().mean()
+
+
+def combined_wasserstein_loss(critic, real, fake, *, weight=10.0, mixing=None):
+    """Returns critic_loss + weight * gradient_penalty, what the critic minimises. Arguments as in gradient_penalty."""
+    real_scores, fake_scores = critic(torch.cat([real, fake.detach()])).chunk(2)
+    return critic_loss(real_scores, fake_scores) + weight * gradient_penalty(critic, real, fake, mixing=mixing)
+
+
+def kl_divergence(mu, logvar):
+    """Returns KL(N(mu, exp(logvar)) || N(0, I)) in nats per image: summed over Z, averaged over N.
+
+    Args:
+        mu, logvar: (N, Z).
+
+    Source: Kingma and Welling 2014 (arXiv:1312.6114), appendix B.
+    """
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
+
+
+def reconstruction_loss(reconstruction, images):
+    """Returns the absolute differences, summed over C, H and W, divided by sqrt(C * H * W), averaged over N.
+
+    With this divisor the gradient with respect to one image has norm at most 1 / N, the same as that of a critic of slope
+    1 in generator_loss, at every image size: weights mean the same at 32 and at 256 px.
+
+    Args:
+        reconstruction, images: (N, C, H, W) in [0, 1].
+    """
+    return (reconstruction - images).abs().flatten(1).sum(dim=1).mean() / math.sqrt(images[0].numel())

@@ -1,0 +1,322 @@
+"""The networks: the VAE that generates, the Discriminator that criticises, the CNN and the CNNParamTanh layer.
+
+Notation, here and in every other file:
+    N batch, T frames, C channels (3), H = W image size in pixels, Z latent size, G side of the grid of alpha.
+Images are float (N, C, H, W) in [0, 1]; videos are float (N, T, C, H, W) in [0, 1].
+
+No batch normalization anywhere: the gradient penalty is a property of each sample on its own.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from synthetic_video import interpolation_matrix, synthetic_video
+
+CHANNELS = 3
+IMAGE_SIZES = (32, 64, 128, 256)
+OUTPUT_LAYERS = ("cnn", "static", "none")
+SMALLEST_MAP = 4  # pixels a side where the encoder ends and the decoder starts: one unit there sees the whole image
+WIDEST = 8  # no layer has more than this many times base_channels
+CNN_FILTERS = 2
+CNN_MAP = 16  # pixels a side of what the CNN's Linear layer sees
+LOGVAR_RANGE = (-10.0, 6.0)  # standard deviations of 0.007 (the decoder sees no noise) to 20 (it sees nothing else)
+
+
+class Decoded(NamedTuple):
+    """What VAE.decode_parts returns; `video` and `alpha` are None where the output layer has none."""
+
+    before: torch.Tensor  # (N, C, H, W) in (0, 1), what the decoder drew
+    video: torch.Tensor | None  # (N, T, C, H, W), what the CNN saw
+    alpha: torch.Tensor | None  # (N or 1, 1, H, W), positive
+    images: torch.Tensor  # (N, C, H, W) in [0, 1], the output
+
+
+class AlphaMap(nn.Module):
+    """Turns a coarse grid of unbounded numbers into a positive alpha for every pixel.
+
+    softplus(grid + offset), then linear interpolation; a grid of zeros gives `initial_alpha` everywhere.
+
+    Shape: (N, G, G) to (N, 1, H, W).
+    """
+
+    def __init__(self, *, image_size, alpha_grid, initial_alpha):
+        super().__init__()
+        _check_image_size(image_size)
+        if not 1 <= alpha_grid <= image_size:
+            raise ValueError(f"alpha_grid must be from 1 to image_size ({image_size}), got {alpha_grid}")
+        self.offset = math.log(math.expm1(initial_alpha))
+        cells = (torch.arange(image_size) + 0.5) * alpha_grid / image_size - 0.5  # pixel centres, counted in cells
+        self.register_buffer("enlarge", interpolation_matrix(cells, alpha_grid), persistent=False)
+
+    def forward(self, grid):
+        with torch.autocast(grid.device.type, enabled=False):
+            alpha = F.softplus(_at_least_float32(grid) + self.offset)
+            return (self.enlarge @ alpha @ self.enlarge.T).unsqueeze(1)
+
+
+class CNN(nn.Module):
+    """Predicts a matrix of alpha from a synthetic video: Conv2d with 2 filters, ReLU, MaxPool2d to 16 x 16, Linear.
+
+    Args:
+        image_size: H = W, one of 32, 64, 128, 256.
+        num_frames: T; the convolution sees T * C channels, 48 by default.
+        alpha_grid: G; the Linear layer predicts G x G values, which are enlarged to H x W. G = H: one for every pixel.
+        initial_alpha: where alpha starts, about the same for every image.
+
+    Shape: (N, T * C, H, W) or (N, T, C, H, W) to (N, 1, H, W), positive.
+    """
+
+    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16, initial_alpha=3.0):
+        super().__init__()
+        _check_image_size(image_size)
+        self.input_shape = (num_frames * CHANNELS, image_size, image_size)
+        self.alpha_grid = alpha_grid
+        self.conv = nn.Conv2d(num_frames * CHANNELS, CNN_FILTERS, 3, padding=1)
+        self.pool = nn.MaxPool2d(image_size // CNN_MAP)
+        self.linear = nn.Linear(CNN_FILTERS * CNN_MAP**2, alpha_grid**2)
+        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid, initial_alpha=initial_alpha)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        # With two filters, independent starts are sometimes both dead; of w and -w one always fires.
+        with torch.no_grad():
+            self.conv.weight[1] = -self.conv.weight[0]
+        nn.init.zeros_(self.conv.bias)
+        # Near zero, so that alpha starts where it should; not zero, or no gradient would reach the convolution.
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, video):
+        features = video.flatten(1, 2) if video.dim() == 5 else video
+        _check_shape("video", features, self.input_shape)
+        features = self.pool(self.conv(features)).relu().flatten(1)  # pooling first: same result, less work
+        # Divided so that one optimizer step, which moves every weight alike, moves alpha little.
+        grid = self.linear(features) / math.sqrt(self.linear.in_features)
+        return self.alpha_map(grid.unflatten(1, (self.alpha_grid, self.alpha_grid)))
+
+
+class CNNParamTanh(nn.Module):
+    """Returns tanh(alpha * images), with alpha predicted by a CNN from a synthetic video of the images.
+
+    With rescale=True the result is divided by tanh(alpha): black stays black and white stays white, alpha bends the tone
+    curve in between, and it starts at 1, near the identity, instead of at 3, where tanh(3) = 0.995 lets white be reached.
+
+    Put it after any decoder whose output is in [0, 1]: nn.Sequential(decoder, CNNParamTanh(image_size=64)).
+
+    Shape: images (N, C, H, W), optionally video (N, T, C, H, W), to (N, C, H, W) in [0, 1].
+    """
+
+    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16, rescale=False):
+        super().__init__()
+        self.num_frames, self.rescale = num_frames, rescale
+        self.cnn = CNN(image_size=image_size, num_frames=num_frames, alpha_grid=alpha_grid,
+                       initial_alpha=1.0 if rescale else 3.0)
+
+    def extra_repr(self):
+        return f"num_frames={self.num_frames}, rescale={self.rescale}"
+
+    def parts(self, images):
+        """Returns (video, alpha, images after the layer)."""
+        device = images.device.type  # under autocast the convolution would round the video anyway: round 1/16 of it, first
+        half = torch.is_autocast_enabled(device)
+        video = synthetic_video(images.to(torch.get_autocast_dtype(device)) if half else images, self.num_frames)
+        alpha = self.cnn(video)
+        return video, alpha, self.apply_alpha(images, alpha)
+
+    def apply_alpha(self, images, alpha):
+        bent = torch.tanh(alpha * images)
+        return bent / torch.tanh(alpha) if self.rescale else bent
+
+    def forward(self, images, video=None):
+        return self.parts(images)[-1] if video is None else self.apply_alpha(images, self.cnn(video))
+
+
+class StaticParamTanh(nn.Module):
+    """Returns tanh(alpha * images), with one learned G x G grid of alpha for all images: what CNNParamTanh is up against.
+
+    Shape: (N, C, H, W) to (N, C, H, W) in [0, 1].
+    """
+
+    def __init__(self, *, image_size=128, alpha_grid=16):
+        super().__init__()
+        self.grid = nn.Parameter(torch.zeros(1, alpha_grid, alpha_grid))
+        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid, initial_alpha=3.0)
+
+    def parts(self, images):
+        """Returns (None, alpha, images after the layer)."""
+        alpha = self.alpha_map(self.grid)
+        return None, alpha, torch.tanh(alpha * images)
+
+    def forward(self, images):
+        return self.parts(images)[-1]
+
+
+class VAE(nn.Module):
+    """The generator: a variational autoencoder whose decoder ends in a CNNParamTanh layer.
+
+    Args:
+        image_size: H = W, one of 32, 64, 128, 256.
+        latent_dim: Z.
+        base_channels: width of the largest maps; widths double with every halving of the map, up to 8 times this.
+        num_frames: T, the length of the synthetic video.
+        output_layer: "cnn" (CNNParamTanh), "static" (StaticParamTanh) or "none".
+        alpha_grid: G.
+
+    Shape: forward takes images (N, C, H, W) in [0, 1] and returns (reconstruction (N, C, H, W), mu (N, Z), logvar (N, Z)).
+    """
+
+    def __init__(self, *, image_size=128, latent_dim=128, base_channels=48, num_frames=16, output_layer="cnn",
+                 alpha_grid=16):
+        super().__init__()
+        if output_layer not in OUTPUT_LAYERS:
+            raise ValueError(f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {output_layer!r}")
+        widths = _widths(image_size, base_channels)
+        self.image_shape = (CHANNELS, image_size, image_size)
+        self.latent_dim = latent_dim
+        self.encoder = _downsampling_blocks(widths)
+        features = widths[-1] * SMALLEST_MAP**2
+        self.mu = nn.Linear(features, latent_dim)
+        self.logvar = nn.Linear(features, latent_dim)
+        layers = [nn.Linear(latent_dim, features), nn.ReLU(), nn.Unflatten(1, (widths[-1], SMALLEST_MAP, SMALLEST_MAP))]
+        for wide, narrow in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True):
+            layers += [nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1), nn.ReLU()]
+        self.decoder = nn.Sequential(*layers, nn.ConvTranspose2d(widths[0], CHANNELS, 4, stride=2, padding=1))
+        if output_layer == "cnn":
+            self.output_layer = CNNParamTanh(image_size=image_size, num_frames=num_frames, alpha_grid=alpha_grid)
+        elif output_layer == "static":
+            self.output_layer = StaticParamTanh(image_size=image_size, alpha_grid=alpha_grid)
+        else:
+            self.output_layer = None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        _initialise(self.encoder)
+        _initialise(self.decoder)
+        # The first images are mid grey whatever the output layer, so that layers are compared from the same start.
+        grey = 0.5 if self.output_layer is None else math.atanh(0.5) / 3.0
+        nn.init.constant_(self.decoder[-1].bias, math.log(grey / (1 - grey)))
+
+    def encode(self, images):
+        """Returns (mu, logvar), each (N, Z), for images (N, C, H, W) in [0, 1]."""
+        _check_shape("images", images, self.image_shape)
+        features = self.encoder(2 * images - 1).flatten(1)
+        mu, logvar = _at_least_float32(self.mu(features)), _at_least_float32(self.logvar(features))
+        return mu, logvar.clamp(*LOGVAR_RANGE)
+
+    def reparameterize(self, mu, logvar, *, noise=None, generator=None):
+        """Returns z (N, Z) ~ N(mu, exp(logvar)), in evaluation mode too; use mu itself for the mean.
+
+        `noise` (N, Z), standard normal, is drawn from `generator` where it is not given.
+        """
+        if noise is None:
+            noise = _randn(mu.shape, like=mu, generator=generator)
+        return mu + torch.exp(0.5 * logvar) * noise
+
+    def decode_parts(self, z):
+        """Returns Decoded (the image before the output layer, the synthetic video, alpha, the image) for z (N, Z)."""
+        _check_shape("z", z, (self.latent_dim,))
+        # In half precision the sigmoid would have fewer levels near white than a screen.
+        before = torch.sigmoid(_at_least_float32(self.decoder(z)))
+        if self.output_layer is None:
+            return Decoded(before, None, None, before)
+        return Decoded(before, *self.output_layer.parts(before))
+
+    def decode(self, z):
+        """Returns images (N, C, H, W) in [0, 1] for z (N, Z)."""
+        return self.decode_parts(z).images
+
+    def forward(self, images):
+        mu, logvar = self.encode(images)
+        return self.decode(self.reparameterize(mu, logvar)), mu, logvar
+
+    @torch.no_grad()
+    def sample(self, num, *, generator=None):
+        """Returns `num` images (num, C, H, W) in [0, 1], decoded from noise z ~ N(0, I), without gradients.
+
+        The noise is drawn on the device of `generator`, so that a CPU generator gives the same pictures everywhere.
+        """
+        return self.decode(_randn((num, self.latent_dim), like=self.mu.weight, generator=generator))
+
+
+class Discriminator(nn.Module):
+    """The critic of the WGAN-GP, symmetric with the encoder: its blocks, then a Linear layer to one number.
+
+    The score has no bound and no meaning of its own, only its differences count, so the Linear layer needs no bias.
+
+    Args:
+        image_size: H = W, one of 32, 64, 128, 256.
+        base_channels: as in VAE.
+
+    Shape: images (N, C, H, W) in [0, 1] to scores (N,), higher for what looks real.
+    """
+
+    def __init__(self, *, image_size=128, base_channels=48):
+        super().__init__()
+        widths = _widths(image_size, base_channels)
+        self.image_shape = (CHANNELS, image_size, image_size)
+        self.blocks = _downsampling_blocks(widths)
+        self.score = nn.Linear(widths[-1] * SMALLEST_MAP**2, 1, bias=False)
+        _initialise(self.blocks)
+
+    def forward(self, images):
+        _check_shape("images", images, self.image_shape)
+        return self.score(self.blocks(2 * images - 1).flatten(1)).squeeze(1)
+
+    def probability(self, images):
+        """Returns sigmoid of the score, (N,) in [0, 1]: good for ranking images, not calibrated."""
+        return torch.sigmoid(_at_least_float32(self(images)))
+
+
+def _widths(image_size, base_channels):
+    """Channels of the maps, from the largest to the smallest, one halving of the map between two of them."""
+    _check_image_size(image_size)
+    if base_channels < 1:
+        raise ValueError(f"base_channels must be at least 1, got {base_channels}")
+    num_blocks = (image_size // SMALLEST_MAP).bit_length() - 1
+    return [base_channels * min(2**i, WIDEST) for i in range(num_blocks)]
+
+
+def _downsampling_blocks(widths):
+    """Conv2d, MaxPool2d, ReLU for every width. Pooling and ReLU commute; pooling first leaves ReLU a quarter to do."""
+    layers = []
+    for narrow, wide in zip([CHANNELS, *widths], widths, strict=False):
+        layers += [nn.Conv2d(narrow, wide, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _initialise(layers):
+    """He et al. 2015 (arXiv:1502.01852), with the true fan-in of a transposed convolution and no boost where max
+    pooling already raises the activations. Keeps both signal and gradient at one scale through a net without norms."""
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=math.sqrt(1 / (layer.in_channels * 9)))
+        elif isinstance(layer, nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / (layer.in_channels * 4)))  # 4 of 16 taps meet at a pixel
+        elif isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))
+        else:
+            continue
+        nn.init.zeros_(layer.bias)
+
+
+def _at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _randn(shape, *, like, generator):
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def _check_image_size(image_size):
+    if image_size not in IMAGE_SIZES:
+        raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}, got {image_size}")
+
+
+def _check_shape(name, tensor, shape):
+    if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != tuple(shape):
+        expected = ", ".join(map(str, ("N", *shape)))
+        raise ValueError(f"expected {name} of shape ({expected}), got {tuple(tensor.shape)}")
