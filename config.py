@@ -1,14 +1,13 @@
 """Every setting of a training run: its default, its help, its checks, its command line. Standard library only."""
 import argparse
 import dataclasses
-import pathlib
 import typing
 
 IMAGE_SIZES = (32, 64, 128, 256)
 
 
 def _option(default, group, help, *, metavar=None, choices=None, least=None, above=None):
-    metadata = dict(group=group, help=help, metavar=metavar, choices=choices, least=least, above=above)
+    metadata = {"group": group, "help": help, "metavar": metavar, "choices": choices, "least": least, "above": above}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -101,7 +100,7 @@ class Config:
 
 
 # What --demo changes, where the command line does not say otherwise: a few minutes on two CPU cores.
-DEMO = dict(image_size=32, base_channels=32, steps=4_000, sample_every=250, checkpoint_every=1_000)
+DEMO = {"image_size": 32, "base_channels": 32, "steps": 4_000, "sample_every": 250, "checkpoint_every": 1_000}
 
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -159,8 +158,3 @@ def from_command_line(arguments=None):
     if faults := config.faults():
         made.exit(2, "\n".join(faults) + "\n")
     return config
-
-
-def default_out(config):
-    """Returns the run folder that a run has where none is named, before numbering."""
-    return pathlib.Path("runs") / ("demo" if config.demo else pathlib.Path(config.data).expanduser().resolve().name)

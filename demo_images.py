@@ -58,7 +58,8 @@ def _colour(rng, hue, saturation, value):
 def _draw(draw, shape, centre, radius, angle, ink):
     def at(distance, turn):
         """A point at `distance` radii from the centre, `turn` radians clockwise from straight up."""
-        return (centre[0] + radius * distance * math.sin(turn + angle), centre[1] - radius * distance * math.cos(turn + angle))
+        turn, distance = turn + angle, distance * radius
+        return centre[0] + distance * math.sin(turn), centre[1] - distance * math.cos(turn)
 
     def polygon(points):
         draw.polygon([at(math.hypot(x, y), math.atan2(x, y)) for x, y in points], fill=ink)

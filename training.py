@@ -7,17 +7,14 @@ command again continues the same run.
 import copy
 import ctypes
 import dataclasses
-import json
 import math
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import time
 
 import torch
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import config as configuration
@@ -27,17 +24,18 @@ from demo_images import draw_demo_images
 from image_data import DataError, batch_indices, load_images, random_generator, to_float
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
+from run_folder import RunFolderError, append_metrics, choose_run_folder, prepare_run_folder, save_grid
 
 DEMO_FOLDER = pathlib.Path("demo_images")
 ADAM_BETAS = (0.0, 0.9)  # Gulrajani et al. 2017: momentum in the critic's gradient unsettles the penalty
 EMA_RAMP = 0.05  # the half-life of the average is at most this part of the images seen
 NUM_SAMPLES = 64
-NUM_RECONSTRUCTIONS = 16
+COLUMNS = 8  # of the grids
 MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "device", "cache_dir", "log_every", "sample_every",
               "checkpoint_every", "keep_checkpoints"}
 
 
-class RunError(ValueError):
+class TrainingError(ValueError):
     """The run cannot start, or cannot go on; the message says why and what would do."""
 
 
@@ -120,6 +118,10 @@ class Trainer:
     def num_parameters(self):
         return [sum(p.numel() for p in network.parameters()) for network in (self.generator, self.critic)]
 
+    def state_bytes(self):
+        generator, critic = self.num_parameters()
+        return 4 * (4 * generator + 3 * critic)  # float32: the weights, two moments of each, the averaged generator
+
     def _parts(self):
         return ("generator", "averaged", "critic", "generator_optimizer", "critic_optimizer")
 
@@ -157,50 +159,51 @@ def train(config, *, interrupt=None):
         interrupt: an Interrupt, asked after every step whether to save and leave.
 
     Raises:
-        ValueError, RunError, DataError, CheckpointError: what is wrong and what would do, before anything is written, or,
-            for a loss that is not finite, after the newest checkpoint.
+        ValueError: a setting that cannot work.
+        DataError, CheckpointError, RunFolderError: what is wrong and what would do; nothing was written.
+        TrainingError: a loss or a gradient is not finite, from which step on.
     """
     config.check()
     interrupt = interrupt or Interrupt()
-    if config.demo:
-        config = dataclasses.replace(config, data=str(draw_demo_images(DEMO_FOLDER)))
     _keep_freed_memory()
     device = _pick_device(config.device)
-    out, state = _open_run(config)
+    data_folder = draw_demo_images(DEMO_FOLDER) if config.demo else pathlib.Path(config.data).expanduser()
+    config = dataclasses.replace(config, data=str(data_folder.resolve()))
+    out, state = _find_run(config)
     config = _settle(config, state, device)
     data = load_images(config.data, config.image_size, cache_dir=config.cache_dir)
     trainer = Trainer(config, device)
-    step = _restore(trainer, state, data)
-    total_steps = _total_steps(config, len(data.images))
-    _describe(config, trainer, data, out, step, total_steps)
+    if state:
+        trainer.load_state(state)
+    run = _Run(config, trainer, data, out, state)
+    run.describe()
     if config.dry_run:
-        metrics = _train_step(trainer, data.images, 0, 0)
+        metrics = _train_step(trainer, data.images, run.step, run.images_seen)
         tqdm.write("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
         return out
-    if step >= total_steps:
-        tqdm.write(f"{out} has its {step} steps: nothing is left to do; a larger --steps goes on from here")
+    if run.step >= run.total_steps:
+        tqdm.write(f"{out} has all of its {run.step} steps: nothing is left to do. A larger --steps goes on from here")
         return out
-    run = _Run(config, trainer, data, out, state)
-    images_per_step = config.batch_size * config.critic_steps
-    with interrupt.deferred(), tqdm(total=total_steps * images_per_step, initial=step * images_per_step, unit=" images",
-                                    unit_scale=True, smoothing=0.05, disable=None) as progress:
-        if step == 0:
-            run.draw_samples(0)
-        while step < total_steps and not interrupt.received:
-            run.record(_train_step(trainer, data.images, step, run.images_seen), images_per_step)
-            step += 1
-            progress.update(images_per_step)
-            last = step == total_steps
-            if step % config.log_every == 0:
-                run.log(step, progress)
-            if step % config.sample_every == 0 or last:
-                run.draw_samples(step)
-            if step % config.checkpoint_every == 0 or last or interrupt.received:
-                run.save(step)
+    run.open()
+    with interrupt.deferred(), run.progress:
+        while run.step < run.total_steps and not interrupt.received:
+            if run.step == 0:
+                run.draw_samples()
+            run.record(_train_step(trainer, data.images, run.step, run.images_seen))
+            if run.step % config.log_every == 0:
+                run.log()
+            if run.step % config.sample_every == 0:
+                run.draw_samples()
+            if run.step % config.checkpoint_every == 0:
+                run.save()
+        if run.step % config.sample_every:
+            run.draw_samples()
+        if run.step % config.checkpoint_every:
+            run.save()
     if interrupt.received:
-        tqdm.write(f"stopped after step {step}, saved; the same command goes on from there")
+        tqdm.write(f"stopped after step {run.step}, saved; the same command goes on from there")
     else:
-        tqdm.write(f"done: {step} steps; look at {out / 'samples' / f'step_{step:07d}.png'}")
+        tqdm.write(f"done: {run.step} steps; look at {out / 'samples' / f'step_{run.step:07d}.png'}")
     return out
 
 
@@ -229,92 +232,123 @@ def _to(device, *tensors):
 
 
 class _Run:
-    """The run folder of a run in progress: its log, pictures and checkpoints."""
+    """A run in progress: where it stands, and what it leaves in its folder."""
 
     def __init__(self, config, trainer, data, out, state):
-        self.config, self.trainer, self.data, self.out = config, trainer, data, out
         state = state or {}
+        self.config, self.trainer, self.data, self.out = config, trainer, data, out
+        self.step = state.get("step", 0)
         self.images_seen = state.get("images_seen", 0)
         self.elapsed_seconds = state.get("elapsed_seconds", 0.0)
-        self.pending = state.get("pending_metrics", [])  # one dict a step since the last log, read only then
-        self.resumed = self.logged = time.perf_counter()
-        self.timed_steps = 0
-        out.mkdir(parents=True, exist_ok=True)
-        _check_room(trainer, config, out)
-        _write_text(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        _truncate_metrics(out / "metrics.jsonl", state.get("step", 0))
-        self.noise = torch.randn(NUM_SAMPLES, config.latent_dim, generator=random_generator(config.seed, "samples"))
-        self.reals = to_float(data.images[batch_indices(len(data.images), 0, NUM_SAMPLES, seed=config.seed)], "cpu")
-        _save_grid(self.reals, out / "reals.png", columns=8)
+        self.pending = state.get("pending_metrics", [])  # a dict for each step since the last log, read only then
+        self.num_images_before = state.get("num_images", len(data.images))
+        self.images_per_step = config.batch_size * config.critic_steps
+        self.total_steps = (config.steps if config.epochs is None
+                            else math.ceil(config.epochs * len(data.images) / self.images_per_step))
 
-    def record(self, metrics, num_images):
+    def describe(self):
+        config, data = self.config, self.data
+        generator, critic = self.trainer.num_parameters()
+        classes = f" in {len(data.class_counts)} classes" if len(data.class_counts) > 1 else ""
+        tqdm.write(f"data    {data.folder}: {len(data.images)} images{classes}, {config.image_size} px\n"
+                   f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
+                   f"{config.precision} on {self.trainer.device}\n"
+                   f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
+        if len(data.images) != self.num_images_before:
+            tqdm.write(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
+        if len(data.images) < config.batch_size:
+            tqdm.write(f"warning: fewer images than --batch-size {config.batch_size}: batches hold some of them repeatedly")
+        if config.dry_run:
+            for name, value in dataclasses.asdict(config).items():
+                tqdm.write(f"{configuration.option_name(name):26} {value}")
+            tqdm.write(f"memory  {self.trainer.state_bytes():,} bytes of weights and optimizer state; "
+                       "a checkpoint takes as much on the disk")
+
+    def open(self):
+        """Makes the run folder ready and starts the clock."""
+        prepare_run_folder(self.out, dataclasses.asdict(self.config), step=self.step,
+                           bytes_needed=self.trainer.state_bytes() * (self.config.keep_checkpoints + 1))
+        seed = self.config.seed
+        self.noise = torch.randn(NUM_SAMPLES, self.config.latent_dim, generator=random_generator(seed, "samples"))
+        self.reals = to_float(self.data.images[batch_indices(len(self.data.images), 0, NUM_SAMPLES, seed=seed)], "cpu")
+        save_grid(self.reals, self.out / "reals.png", columns=COLUMNS)
+        self.progress = tqdm(total=self.total_steps * self.images_per_step, initial=self.images_seen, unit=" images",
+                             unit_scale=True, smoothing=0.05, disable=None)
+        self.opened = self.last_log = time.perf_counter()
+        self.steps_since_last_log = 0
+
+    def record(self, metrics):
+        """Counts one step."""
+        self.step += 1
+        self.steps_since_last_log += 1
+        self.images_seen += self.images_per_step
         self.pending.append(metrics)
-        self.images_seen += num_images
-        self.timed_steps += 1
+        self.progress.update(self.images_per_step)
 
-    def log(self, step, progress):
+    def log(self):
         """Appends a line to metrics.jsonl: the means since the line before."""
-        metrics = self._read_metrics(step)
-        self.pending = []
+        metrics = self._mean_metrics()
         now = time.perf_counter()
-        speed = self.timed_steps * self.config.batch_size * self.config.critic_steps / (now - self.logged)
-        self.logged, self.timed_steps = now, 0
-        line = {"step": step, "images": self.images_seen, **metrics, "images_per_second": round(speed, 2),
-                "elapsed_seconds": round(self.elapsed_seconds + now - self.resumed, 2)}
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = {"W": metrics["wasserstein_distance"], "GP": metrics["gradient_penalty"],
-                 "rec": metrics.get("reconstruction", 0.0)}
-        if progress.disable:
-            tqdm.write(f"step {step}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items()) + f"  {speed:.1f} images/s")
-        else:
-            progress.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
+        speed = self.steps_since_last_log * self.images_per_step / (now - self.last_log)
+        self.pending, self.last_log, self.steps_since_last_log = [], now, 0
+        append_metrics(self.out, {"step": self.step, "images": self.images_seen, **metrics,
+                                  "images_per_second": round(speed, 2), "elapsed_seconds": round(self._elapsed(), 2)})
+        shown = {"W": metrics["wasserstein_distance"], "GP": metrics["gradient_penalty"]}
+        if "reconstruction" in metrics:
+            shown["rec"] = metrics["reconstruction"]
+        if self.progress.disable:  # not a terminal: lines instead of a bar
+            left = (self.total_steps - self.step) * self.images_per_step / speed
+            tqdm.write(f"step {self.step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
+                       + f"  {speed:.1f} images/s  {tqdm.format_interval(left)} left")
+        self.progress.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
 
-    def _read_metrics(self, step):
-        """The means since the last log, read from the device; stops the run if any step of them was not finite."""
+    def _mean_metrics(self):
+        """The means over the steps since the last log, read from the device; raises if one of them was not finite."""
         means = {}
         for name in self.pending[0] if self.pending else ():
             values = torch.stack([metrics[name].float().cpu() for metrics in self.pending])
-            bad = (~values.isfinite()).nonzero()
-            if len(bad):
-                at = step - len(values) + int(bad[0]) + 1
-                raise RunError(f"step {at}: {name} is {values[bad[0]].item()}; that update was not made. "
-                               f"The newest checkpoint in {self.out / 'checkpoints'} is from before it; lower "
-                               "--critic-learning-rate and --generator-learning-rate, or look at the images")
+            for index in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
+                raise TrainingError(
+                    f"step {self.step - len(values) + index + 1}: {name} is {values[index]}. That update was not made, and "
+                    f"the newest checkpoint in {self.out / 'checkpoints'} is from before it. Lower --critic-learning-rate "
+                    "and --generator-learning-rate")
             means[name] = values.mean().item()
         return means
 
-    @torch.no_grad()
-    def draw_samples(self, step):
-        """Writes what the averaged generator makes of the fixed noise, and of some real images."""
-        started = time.perf_counter()
-        vae, device, size = self.trainer.averaged, self.trainer.device, self.config.batch_size
-        name = f"step_{step:07d}.png"
-        decoded = [vae.decode_parts(z.to(device)) for z in self.noise.split(size)]
-        _save_grid(torch.cat([part.images.cpu() for part in decoded]), self.out / "samples" / name, columns=8)
-        real = self.reals[:NUM_RECONSTRUCTIONS]
-        again = torch.cat([vae.decode(vae.encode(part.to(device))[0]).cpu() for part in real.split(size)])
-        half = NUM_RECONSTRUCTIONS // 2
-        rows = torch.cat([real[:half], again[:half], real[half:], again[half:]])
-        _save_grid(rows, self.out / "reconstructions" / name, columns=half)
-        if decoded[0].alpha is not None:
-            first = decoded[0]
-            alpha = first.alpha.expand(len(first.images), -1, -1, -1)
-            low, high = alpha.aminmax()
-            grey = ((alpha - low) / (high - low).clamp(min=1e-6)).expand_as(first.images)
-            rows = torch.cat([part[:half].cpu() for part in (first.before, grey, first.images)])
-            _save_grid(rows, self.out / "alpha_maps" / name, columns=min(half, len(first.images)))
-        self.logged += time.perf_counter() - started  # drawing does not count as training
+    def _elapsed(self):
+        return self.elapsed_seconds + time.perf_counter() - self.opened
 
-    def save(self, step):
-        self._read_metrics(step)
+    @torch.no_grad()
+    def draw_samples(self):
+        """Writes what the averaged generator makes of fixed noise and of some real images, and its alpha."""
+        started = time.perf_counter()
+        vae, device, batch = self.trainer.averaged, self.trainer.device, self.config.batch_size
+        file = f"step_{self.step:07d}.png"
+        decoded = [vae.decode_parts(z.to(device)) for z in self.noise.split(batch)]
+        save_grid(torch.cat([part.images.cpu() for part in decoded]), self.out / "samples" / file, columns=COLUMNS)
+        real = self.reals[:2 * COLUMNS]
+        again = torch.cat([vae.decode(vae.encode(part.to(device))[0]).cpu() for part in real.split(batch)])
+        rows = torch.cat([real[:COLUMNS], again[:COLUMNS], real[COLUMNS:], again[COLUMNS:]])
+        save_grid(rows, self.out / "reconstructions" / file, columns=COLUMNS)
+        if decoded[0].alpha is not None:
+            before, alpha, after = ([getattr(part, name).expand_as(part.images).cpu() for part in decoded]
+                                    for name in ("before", "alpha", "images"))
+            before, alpha, after = (torch.cat(parts)[:COLUMNS] for parts in (before, alpha, after))
+            low, high = alpha.aminmax()
+            rows = torch.cat([before, (alpha - low) / (high - low).clamp(min=1e-6), after])
+            save_grid(rows, self.out / "alpha_maps" / file, columns=COLUMNS)
+        self.last_log += time.perf_counter() - started  # drawing is not counted in images per second
+
+    def save(self):
+        """Writes a checkpoint, unless something in it is not finite."""
+        self._mean_metrics()
         state = self.trainer.state()
         if not all(tensor.isfinite().all() for tensor in _tensors(state)):
-            raise RunError(f"step {step}: a weight is not finite; nothing was saved")
-        save_checkpoint(self.out / "checkpoints", step, {
-            "images_seen": self.images_seen, "elapsed_seconds": self.elapsed_seconds + time.perf_counter() - self.resumed,
-            "num_images": len(self.data.images), "config": dataclasses.asdict(self.config),
-            "model_arguments": self.config.model_arguments(), "pending_metrics": self.pending, **state,
+            raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
+        save_checkpoint(self.out / "checkpoints", self.step, {
+            "images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
+            "config": dataclasses.asdict(self.config), "model_arguments": self.config.model_arguments(),
+            "pending_metrics": self.pending, **state,
         }, keep=self.config.keep_checkpoints)
 
 
@@ -363,39 +397,20 @@ def _pick_device(name):
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     elif not available[name]:
-        raise RunError(f"--device: {name} is not available here; there is {', '.join(k for k in available if available[k])}")
+        there = ", ".join(kind for kind in available if available[kind])
+        raise TrainingError(f"--device: {name} is not available here; there is {there}")
     return torch.device(name)
 
 
-def _open_run(config):
+def _find_run(config):
     """Returns the run folder and the state to go on from, None at the start of a run."""
-    base = pathlib.Path(config.out) if config.out else configuration.default_out(config)
-    candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
-    used = [folder for folder in candidates[:next(i for i, c in enumerate(candidates) if not c.exists())]]
-    if config.fresh:
-        out = candidates[len(used)]
-    elif config.out:
-        out = base
-    else:
-        out = next((folder for folder in reversed(used) if _belongs(folder, config)), candidates[len(used)])
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out: {out} is a file, a folder is needed")
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise RunError(f"--out: {out} holds other things; name an empty or a new folder")
+    identity = {"data": config.data, **config.model_arguments()}
+    name = "demo" if config.demo else pathlib.Path(config.data).name
+    out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=config.fresh)
     state = load_newest(out / "checkpoints", report=tqdm.write)
     if state is None and config.resume:
         state = load_checkpoint(config.resume)
     return out, state
-
-
-def _belongs(folder, config):
-    """Whether a run folder holds the same data folder and model."""
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        same_data = pathlib.Path(saved["data"]).expanduser().resolve() == pathlib.Path(config.data).expanduser().resolve()
-        return same_data and all(saved[name] == value for name, value in config.model_arguments().items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _settle(config, state, device):
@@ -405,7 +420,7 @@ def _settle(config, state, device):
         faults = [f"{configuration.option_name(name)}: this run has {saved[name]}, got {value}; --fresh starts another run"
                   for name, value in config.model_arguments().items() if saved[name] != value]
         if faults:
-            raise RunError("\n".join(faults))
+            raise TrainingError("\n".join(faults))
         if config.precision == "auto":
             config = dataclasses.replace(config, precision=saved["precision"])
         for name, value in dataclasses.asdict(config).items():
@@ -418,51 +433,6 @@ def _settle(config, state, device):
     return config
 
 
-def _restore(trainer, state, data):
-    """Puts a saved state into the trainer and returns its step, 0 where there is none."""
-    if state is None:
-        return 0
-    if state["num_images"] != len(data.images):
-        tqdm.write(f"warning: {data.folder} had {state['num_images']} images, has {len(data.images)} from here on")
-    trainer.load_state(state)
-    return state["step"]
-
-
-def _total_steps(config, num_images):
-    if config.epochs is None:
-        return config.steps
-    return math.ceil(config.epochs * num_images / (config.batch_size * config.critic_steps))
-
-
-def _describe(config, trainer, data, out, step, total_steps):
-    generator, critic = trainer.num_parameters()
-    classes = [name for name in data.class_counts if name]
-    lines = [f"data    {data.folder}: {len(data.images)} images"
-             + (f" in {len(classes)} classes" if classes else "") + f", {config.image_size} px",
-             f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M, {config.precision} on "
-             f"{trainer.device}",
-             f"run     {out}, steps {step} to {total_steps} of {config.batch_size} x {config.critic_steps} images"]
-    if len(data.images) < config.batch_size:
-        lines.append(f"warning: fewer images than --batch-size {config.batch_size}: a batch holds some of them repeatedly")
-    if config.dry_run:
-        lines += [f"{configuration.option_name(name):28} {value}" for name, value in dataclasses.asdict(config).items()]
-        lines.append(f"memory  {_state_bytes(trainer):,} bytes of weights and optimizer state, the same on the disk for "
-                     "each checkpoint")
-    tqdm.write("\n".join(lines))
-
-
-def _state_bytes(trainer):
-    generator, critic = trainer.num_parameters()
-    return 4 * (4 * generator + 3 * critic)  # weights and two moments of each, and the averaged generator
-
-
-def _check_room(trainer, config, out):
-    needed, free = _state_bytes(trainer) * (config.keep_checkpoints + 1), shutil.disk_usage(out).free
-    if needed > free:
-        raise RunError(f"--out: {config.keep_checkpoints} checkpoints and one being written need {needed:,} bytes in {out}, "
-                       f"{free:,} are free")
-
-
 def _tensors(value):
     if isinstance(value, torch.Tensor):
         yield value
@@ -471,41 +441,13 @@ def _tensors(value):
             yield from _tensors(inner)
 
 
-def _write_text(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _truncate_metrics(path, step):
-    """Drops the lines after `step`, which the run is about to write again, and a line that a crash left torn."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        kept.append(line)
-    _write_text(path, "".join(kept))
-
-
-def _save_grid(images, path, *, columns):
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    save_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0), temporary, format="png")
-    os.replace(temporary, path)
-
-
 def main(arguments=None):
     config = configuration.from_command_line(arguments)
     interrupt = Interrupt()
     interrupt.install()
     try:
         train(config, interrupt=interrupt)
-    except (RunError, DataError, CheckpointError, OSError) as error:
+    except (TrainingError, RunFolderError, DataError, CheckpointError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,0 +1,97 @@
+"""The run folder: which one a run uses, and how things are written into it.
+
+config.json, reals.png, samples/, reconstructions/, alpha_maps/ (a PNG for each step drawn), metrics.jsonl (a line for each
+log) and checkpoints/. Nothing in it is deleted but superseded checkpoints, and log lines that a resumed run writes again.
+"""
+import json
+import os
+import pathlib
+import shutil
+
+from torchvision.utils import make_grid, save_image
+
+
+class RunFolderError(ValueError):
+    """The folder cannot be used for this run; the message says what would do."""
+
+
+def choose_run_folder(base, identity, *, exactly, fresh):
+    """Returns the folder for a run: `base`, or base-2, base-3 and so on.
+
+    Args:
+        base: the first choice.
+        identity: the entries of config.json that make a run the same run.
+        exactly: use `base` whatever run it holds, rather than number.
+        fresh: take the first free number rather than a folder that holds a run.
+
+    Raises:
+        RunFolderError: the folder is a file, or holds other things than a run.
+    """
+    base = pathlib.Path(base)
+    folder, used = base, []
+    while folder.exists():
+        used.append(folder)
+        folder = base.with_name(f"{base.name}-{len(used) + 1}")
+    if exactly and not fresh:
+        folder = base
+    elif not fresh:
+        folder = next((old for old in reversed(used) if identity.items() <= _saved_config(old).items()), folder)
+    if folder.exists():
+        if not folder.is_dir():
+            raise RunFolderError(f"--out: {folder} is a file, a folder is needed")
+        if any(folder.iterdir()) and not _saved_config(folder):
+            raise RunFolderError(f"--out: {folder} holds other things than a run; name a new or an empty folder")
+    return folder
+
+
+def _saved_config(folder):
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def prepare_run_folder(folder, config, *, step, bytes_needed):
+    """Makes the folder if need be, writes config.json, and drops the log lines after `step`, where the run goes on.
+
+    Raises:
+        RunFolderError: fewer bytes are free than will be needed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if bytes_needed > free:
+        raise RunFolderError(f"--out: the checkpoints need {bytes_needed:,} bytes in {folder}, {free:,} are free")
+    _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    log = folder / "metrics.jsonl"
+    if log.exists():
+        _write(log, "".join(_lines_up_to(step, log.read_text())))
+
+
+def _lines_up_to(step, text):
+    for line in text.splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                return
+        except (ValueError, KeyError, TypeError):  # torn by a crash
+            return
+        yield line
+
+
+def append_metrics(folder, metrics):
+    """Appends a dict of plain values to metrics.jsonl, as one line."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def save_grid(images, path, *, columns):
+    """Writes images (N, C, H, W) in [0, 1] as one PNG, in rows of `columns`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0), temporary, format="png")
+    os.replace(temporary, path)
+
+
+def _write(path, text):
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,219 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import config
+from losses import generator_loss, kl_divergence, reconstruction_loss
+from model_definitions import CNN, IMAGE_SIZES, LOGVAR_RANGE, OUTPUT_LAYERS, VAE, CNNParamTanh, Discriminator
+from synthetic_video import synthetic_video
+
+
+def test_config_and_networks_know_the_same_choices():
+    assert config.IMAGE_SIZES == IMAGE_SIZES
+    rules = {field.name: field.metadata for field in config.dataclasses.fields(config.Config)}
+    assert rules["output_layer"]["choices"] == OUTPUT_LAYERS
+
+
+@pytest.mark.parametrize("size", IMAGE_SIZES)
+def test_shapes_at_every_size(size):
+    vae = VAE(image_size=size, base_channels=4, latent_dim=6)
+    critic = Discriminator(image_size=size, base_channels=4)
+    images = torch.rand(2, 3, size, size)
+    reconstruction, mu, logvar = vae(images)
+    assert reconstruction.shape == images.shape
+    assert mu.shape == logvar.shape == (2, 6)
+    parts = vae.decode_parts(torch.randn(2, 6))
+    assert parts.before.shape == parts.images.shape == images.shape
+    assert parts.video.shape == (2, 16, 3, size, size)
+    assert parts.alpha.shape == (2, 1, size, size)
+    assert critic(images).shape == (2,)
+    assert vae.sample(3).shape == (3, 3, size, size)
+
+
+def test_default_batch_is_that_of_the_description():
+    images = torch.rand(16, 3, 128, 128)
+    video = synthetic_video(images)
+    assert video.flatten(1, 2).shape == (16, 48, 128, 128)
+    layer = CNNParamTanh()
+    assert layer.cnn.conv.weight.shape == (2, 48, 3, 3)
+    assert layer(images).shape == images.shape
+
+
+def test_discriminator_is_symmetric_with_the_encoder():
+    vae, critic = VAE(image_size=64, base_channels=8), Discriminator(image_size=64, base_channels=8)
+    assert str(vae.encoder) == str(critic.blocks)
+    ins = [m.in_channels for m in vae.encoder if isinstance(m, nn.Conv2d)]
+    outs = [m.out_channels for m in vae.decoder if isinstance(m, nn.ConvTranspose2d)]
+    assert outs == ins[::-1]
+
+
+@pytest.mark.parametrize("output_layer", OUTPUT_LAYERS)
+@pytest.mark.parametrize("seed", range(8))
+def test_gradient_of_the_generator_loss_reaches_every_weight_of_the_generator(output_layer, seed):
+    torch.manual_seed(seed)
+    vae = VAE(image_size=32, base_channels=4, latent_dim=8, output_layer=output_layer)
+    critic = Discriminator(image_size=32, base_channels=4).requires_grad_(False)
+    generator_loss(critic(vae.decode(torch.randn(4, 8)))).backward()
+    reached = {name for name, p in vae.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    wanted = {name for name, _ in vae.named_parameters() if not name.startswith(("encoder", "mu", "logvar"))}
+    assert reached == wanted
+    assert all(p.grad is None for p in critic.parameters())
+
+
+def test_gradient_of_the_vae_terms_reaches_every_weight_of_the_encoder():
+    vae = VAE(image_size=32, base_channels=4, latent_dim=8)
+    images = torch.rand(4, 3, 32, 32)
+    reconstruction, mu, logvar = vae(images)
+    (reconstruction_loss(reconstruction, images) + kl_divergence(mu, logvar)).backward()
+    assert all(p.grad.abs().sum() > 0 for p in vae.parameters())
+
+
+@pytest.mark.parametrize("output_layer", OUTPUT_LAYERS)
+def test_first_images_are_mid_grey_on_average_whatever_the_output_layer(output_layer):
+    means = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        vae = VAE(image_size=32, base_channels=8, output_layer=output_layer)
+        means.append(vae.sample(16).mean())
+    assert 0.4 < torch.stack(means).mean() < 0.6
+
+
+def test_alpha_starts_at_three_or_rescaled_at_one():
+    images = torch.rand(4, 3, 32, 32)
+    for rescale, start in ((False, 3.0), (True, 1.0)):
+        _, alpha, _ = CNNParamTanh(image_size=32, rescale=rescale).parts(images)
+        assert torch.allclose(alpha, torch.tensor(start), atol=0.05)
+
+
+def test_layer_is_tanh_of_alpha_times_image():
+    layer, images = CNNParamTanh(image_size=32), torch.rand(2, 3, 32, 32)
+    video, alpha, out = layer.parts(images)
+    assert torch.equal(video, synthetic_video(images))
+    assert torch.equal(alpha, layer.cnn(video))
+    assert torch.equal(out, torch.tanh(alpha * images))
+    assert torch.equal(layer(images), out)
+    assert torch.equal(layer(images, video.flip(1)), torch.tanh(layer.cnn(video.flip(1)) * images))
+
+
+def test_rescaled_layer_keeps_black_and_white_at_every_alpha():
+    layer = CNNParamTanh(image_size=32, rescale=True)
+    for alpha in (0.01, 1.0, 20.0):
+        ends = layer.apply_alpha(torch.tensor([0.0, 1.0, 0.5]), torch.tensor(alpha))
+        assert ends[:2].tolist() == [0, 1]
+        assert ends[2] >= 0.5
+
+
+def test_layer_goes_after_any_decoder_in_one_line():
+    model = nn.Sequential(nn.Linear(4, 3 * 64 * 64), nn.Unflatten(1, (3, 64, 64)), nn.Sigmoid(), CNNParamTanh(image_size=64))
+    out = model(torch.randn(2, 4))
+    assert out.shape == (2, 3, 64, 64)
+    assert out.min() >= 0
+    assert out.max() <= 1
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_gradcheck_of_the_layer(rescale):
+    torch.manual_seed(0)
+    layer = CNNParamTanh(image_size=32, num_frames=2, alpha_grid=2, rescale=rescale).double()
+    row = torch.rand(1, 3, 1, 2, dtype=torch.float64, requires_grad=True)
+    frame = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+
+    def through(row):
+        images = torch.cat([torch.cat([row, frame[..., :1, 2:]], dim=3), frame[..., 1:, :]], dim=2)
+        return layer(images)[..., ::5, ::5]
+
+    assert torch.autograd.gradcheck(through, row, atol=1e-6)
+
+
+def test_cnn_takes_stacked_and_separate_frames_and_gives_positive_alpha():
+    cnn, video = CNN(image_size=32, num_frames=4, alpha_grid=5), torch.rand(2, 4, 3, 32, 32)
+    assert torch.equal(cnn(video), cnn(video.flatten(1, 2)))
+    assert cnn(video * 100 - 50).min() > 0
+
+
+def test_no_seed_kills_both_filters():
+    images = torch.rand(2, 3, 32, 32)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        cnn = CNN(image_size=32)
+        features = cnn.pool(cnn.conv(synthetic_video(images).flatten(1, 2))).relu()
+        assert features.sum() > 0
+
+
+def test_grid_as_wide_as_the_image_gives_every_pixel_its_own_alpha():
+    cnn = CNN(image_size=32, alpha_grid=32)
+    assert torch.equal(cnn.alpha_map.enlarge, torch.eye(32))
+
+
+def test_logvar_is_bounded_and_mu_is_not():
+    vae = VAE(image_size=32, base_channels=4, latent_dim=4)
+    nn.init.constant_(vae.logvar.bias, 1e4)
+    nn.init.constant_(vae.mu.bias, 1e4)
+    mu, logvar = vae.encode(torch.rand(2, 3, 32, 32))
+    assert (logvar == LOGVAR_RANGE[1]).all()
+    assert mu.min() > 9e3
+
+
+def test_reparameterize_has_the_mean_and_spread_it_is_given():
+    vae = VAE(image_size=32, base_channels=4, latent_dim=2)
+    mu, logvar = torch.full((20_000, 2), 3.0), torch.full((20_000, 2), math.log(4.0))
+    z = vae.reparameterize(mu, logvar, generator=torch.Generator().manual_seed(0))
+    assert z.mean().item() == pytest.approx(3, abs=0.05)
+    assert z.std().item() == pytest.approx(2, abs=0.05)
+    assert torch.equal(vae.reparameterize(mu, logvar, noise=torch.zeros_like(mu)), mu)
+
+
+def test_sample_repeats_with_its_generator_and_keeps_no_gradient():
+    vae = VAE(image_size=32, base_channels=4, latent_dim=4)
+    first, second = (vae.sample(2, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+
+
+def test_probability_is_the_sigmoid_of_an_unbounded_score():
+    critic, images = Discriminator(image_size=32, base_channels=4), torch.rand(3, 3, 32, 32)
+    assert torch.equal(critic.probability(images), critic(images).sigmoid())
+    nn.init.constant_(critic.score.weight, 50.0)
+    assert critic(images).abs().max() > 1
+
+
+def test_output_is_float32_under_autocast_and_near_that_without():
+    torch.manual_seed(0)
+    vae, z = VAE(image_size=32, base_channels=16, latent_dim=8), torch.randn(4, 8)
+    with torch.no_grad():
+        exact = vae.decode(z)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = vae.decode(z)
+    assert half.dtype == torch.float32
+    assert (half - exact).abs().max() < 0.03
+    assert (half - exact).abs().mean() < 0.004
+
+
+def test_impossible_arguments_are_refused_with_what_would_do():
+    with pytest.raises(ValueError, match="image_size must be one of 32, 64, 128, 256, got 100"):
+        VAE(image_size=100)
+    with pytest.raises(ValueError, match="image_size must be one of"):
+        Discriminator(image_size=16)
+    with pytest.raises(ValueError, match="output_layer must be one of cnn, static, none, got 'tanh'"):
+        VAE(output_layer="tanh")
+    with pytest.raises(ValueError, match=r"alpha_grid must be from 1 to image_size \(32\), got 33"):
+        CNNParamTanh(image_size=32, alpha_grid=33)
+    with pytest.raises(ValueError, match="base_channels must be at least 1"):
+        Discriminator(base_channels=0)
+
+
+def test_wrong_shapes_are_refused_with_the_shape_and_what_was_expected():
+    critic = Discriminator(image_size=32, base_channels=4)
+    with pytest.raises(ValueError, match=r"expected images of shape \(N, 3, 32, 32\), got \(3, 32, 32\)"):
+        critic(torch.rand(3, 32, 32))
+    vae = VAE(image_size=32, base_channels=4, latent_dim=4)
+    with pytest.raises(ValueError, match=r"expected z of shape \(N, 4\), got \(2, 5\)"):
+        vae.decode(torch.rand(2, 5))
+    with pytest.raises(ValueError, match=r"expected video of shape \(N, 48, 32, 32\)"):
+        CNN(image_size=32)(torch.rand(1, 8, 3, 32, 32))
+
+
+def test_reprs_show_the_settings():
+    assert "num_frames=16, rescale=False" in repr(CNNParamTanh(image_size=32))
