@@ -26,11 +26,12 @@ def gradient_penalty(critic, real, fake, *, mixing=None):
     """Returns the mean over samples of (||gradient of the score||_2 - 1)^2, at points between real and fake images.
 
     Each sample is judged on its own: one mixing weight per sample, the norm over all of its C, H and W. The gradient is
-    taken where the critic takes it, the norm in at least float32. Where the gradient is zero the penalty is 1, and its
-    own gradient 0, not NaN: torch's vector norm has a defined slope there, a square root of a sum has none.
+    taken in the precision of the critic, the norm in at least float32. Where the gradient is zero the penalty is 1, and
+    its own gradient 0, not NaN: torch's vector norm has a defined slope there, a square root of a sum has none.
 
     Args:
-        critic: maps (N, C, H, W) to scores (N,).
+        critic: maps (N, C, H, W) to scores (N,). If it has a method input_gradient, that gives the gradient of each score
+            with respect to its image, differentiable with respect to the critic's parameters; else autograd does.
         real, fake: (N, C, H, W).
         mixing: (N, 1, 1, 1) in [0, 1], the share of the real image; drawn uniformly where not given.
 
@@ -41,9 +42,13 @@ def gradient_penalty(critic, real, fake, *, mixing=None):
     """
     if mixing is None:
         mixing = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
-    between = torch.lerp(fake.detach(), real.detach(), mixing).requires_grad_()
-    # The scores are summed so that one call gives every sample's gradient: no score depends on another sample.
-    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    between = torch.lerp(fake.detach(), real.detach(), mixing)
+    if hasattr(critic, "input_gradient"):
+        gradient = critic.input_gradient(between)
+    else:
+        between.requires_grad_()
+        # The scores are summed so that one call gives every sample's gradient: no score depends on another sample.
+        (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return (torch.linalg.vector_norm(gradient.flatten(1), dim=1) - 1).square().mean()
 

@@ -265,6 +265,27 @@ class Discriminator(nn.Module):
         _check_shape("images", images, self.image_shape)
         return self.score(self.blocks(2 * images - 1).flatten(1)).squeeze(1)
 
+    def input_gradient(self, images):
+        """Returns the gradient of each score with respect to its image, (N, C, H, W), for losses.gradient_penalty.
+
+        The score is piecewise linear in the image, so its gradient is what a pass backwards through the transposed layers
+        makes of the last weights, along the path that the maxima and the ReLUs have chosen. Written out as a forward
+        computation it can itself be differentiated with respect to the weights by an ordinary backward pass, which takes
+        half the time of a second backward through autograd, and gives the same numbers.
+        """
+        features, path = 2 * images - 1, []
+        convolutions = [layer for layer in self.blocks if isinstance(layer, nn.Conv2d)]
+        with torch.no_grad():
+            for convolution in convolutions:
+                pooled, indices = F.max_pool2d(convolution(features), 2, return_indices=True)
+                features = pooled.relu()
+                path.append((indices, pooled > 0))
+        gradient = self.score.weight.view(1, *features.shape[1:]).expand_as(features)
+        for convolution, (indices, positive) in zip(reversed(convolutions), reversed(path), strict=True):
+            gradient = F.max_unpool2d(gradient * positive, indices, 2)
+            gradient = F.conv_transpose2d(gradient, convolution.weight, padding=1)
+        return 2 * gradient
+
     def probability(self, images):
         """Returns sigmoid of the score, (N,) in [0, 1]: good for ranking images, not calibrated."""
         return torch.sigmoid(_at_least_float32(self(images)))

@@ -134,6 +134,38 @@ def test_gradients_of_the_penalty_alone_reach_the_critics_weights():
     assert all(p.grad.abs().sum() > 0 for name, p in critic.named_parameters() if name.endswith("weight"))
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_written_out_gradient_of_the_discriminator_gives_the_penalty_of_autograd(size):
+    torch.manual_seed(0)
+    critic = Discriminator(image_size=size, base_channels=4).double()
+    real, fake = torch.rand(2, 4, 3, size, size, dtype=torch.float64).round(decimals=1)  # with ties in the pooling
+    mixing = torch.rand(4, 1, 1, 1, dtype=torch.float64)
+    results = []
+    for which in (critic, critic.forward):  # a bound method has no input_gradient
+        critic.zero_grad()
+        penalty = gradient_penalty(which, real, fake, mixing=mixing)
+        penalty.backward()
+        results.append((penalty.detach(), [p.grad.clone() for name, p in critic.named_parameters() if "weight" in name]))
+    (ours, our_gradients), (autograd, autograd_gradients) = results
+    assert torch.allclose(ours, autograd, rtol=1e-12)
+    for one, other in zip(our_gradients, autograd_gradients, strict=True):
+        assert one.abs().sum() > 0
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
+
+
+def test_penalty_under_autocast_is_near_that_in_float32_and_its_gradients_reach_the_weights():
+    torch.manual_seed(0)
+    critic = Discriminator(image_size=32, base_channels=16)
+    real, fake, mixing = torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32), torch.rand(8, 1, 1, 1)
+    gradients = []
+    for half in (False, True):
+        critic.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            gradient_penalty(critic, real, fake, mixing=mixing).backward()
+        gradients.append(torch.cat([p.grad.flatten() for name, p in critic.named_parameters() if "weight" in name]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+
+
 def test_combined_loss_is_the_critic_loss_plus_the_weighted_penalty():
     critic, (real, fake) = Smooth(), pair()
     mixing = torch.rand(5, 1, 1, 1, dtype=torch.float64)
