@@ -420,7 +420,7 @@ def _settle(config, state, device):
         faults = [f"{configuration.option_name(name)}: this run has {saved[name]}, got {value}; --fresh starts another run"
                   for name, value in config.model_arguments().items() if saved[name] != value]
         if faults:
-            raise TrainingError("\n".join(faults))
+            raise CheckpointError("\n".join(faults))
         if config.precision == "auto":
             config = dataclasses.replace(config, precision=saved["precision"])
         for name, value in dataclasses.asdict(config).items():

@@ -1,5 +1,6 @@
 """Small drawn image folders and tiny runs, shared by the tests."""
 import pathlib
+import random
 
 import pytest
 import torch
@@ -14,16 +15,16 @@ TINY = {"image_size": 32, "base_channels": 4, "latent_dim": 8, "batch_size": 4, 
 
 
 @pytest.fixture(autouse=True)
-def _separate_folder(tmp_path, monkeypatch):
+def _alone(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, and in one thread: its networks are too small for two."""
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def image_folder(tmp_path):
     """Ten drawn pictures in class folders."""
-    import random
-
     folder = tmp_path / "images"
     for index in range(10):
         shape = SHAPES[index % 3]

@@ -1,0 +1,201 @@
+import csv
+import math
+import os
+import pathlib
+import shutil
+
+import pytest
+import torch
+from conftest import save_picture
+from PIL import Image
+
+import image_data
+from image_data import DataError, batch_indices, decode_image, find_images, load_images, random_generator, to_float
+
+MESSY = next(pathlib.Path(__file__).resolve().parents[2].glob("*/data/messy"), None)
+
+
+def names(folder):
+    return [path.relative_to(folder.resolve()).as_posix() for path in find_images(folder)]
+
+
+def test_flat_nested_and_class_folders_are_all_found_and_junk_is_not(tmp_path):
+    pictures = ["a.png", "cats/b.JPG", "cats/deep/c d.jpeg", "dogs/ü.webp"]
+    for name in (*pictures, ".cache/x.png", "__MACOSX/y.png", "cats/._b.JPG"):
+        save_picture(tmp_path / "set" / name)
+    (tmp_path / "set" / "empty").mkdir()
+    (tmp_path / "set" / "notes.txt").write_text("no picture")
+    assert names(tmp_path / "set") == pictures
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_text("x"), lambda p: p.mkdir(),
+                                  lambda p: (p / ".hidden").mkdir(parents=True)])
+def test_a_folder_without_images_is_refused_with_the_tree_that_would_do(tmp_path, make):
+    make(tmp_path / "set")
+    with pytest.raises(DataError, match=r"Put images below it.*set/a\.jpg"):
+        find_images(tmp_path / "set")
+
+
+def test_shorter_side_is_resized_and_the_centre_kept(tmp_path):
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste("blue", (100, 0, 200, 100))
+    wide.save(tmp_path / "wide.png")
+    assert (decode_image(tmp_path / "wide.png", 32)[:, :, 1:-1].float().mean(dim=(1, 2)).round().tolist()) == [0, 0, 255]
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("LA", (9, 9), (0, 128)).save(tmp_path / "half.png")
+    assert (decode_image(tmp_path / "clear.png", 32) == 255).all()
+    assert (decode_image(tmp_path / "half.png", 32) == 127).all()
+
+
+@pytest.mark.parametrize(("mode", "top", "suffix"), [("I;16", 65535, "png"), ("F", 1.0, "tiff"), ("F", 65535.0, "tiff"),
+                                                    ("I", 65535, "tiff")])
+def test_a_ramp_of_more_than_8_bit_stays_a_ramp(tmp_path, mode, top, suffix):
+    ramp = Image.new(mode, (64, 64))
+    ramp.putdata([top * x / 63 if mode == "F" else int(top * x / 63) for _ in range(64) for x in range(64)])
+    ramp.save(tmp_path / f"ramp.{suffix}")
+    row = decode_image(tmp_path / f"ramp.{suffix}", 64)[0, 32].float()
+    assert torch.allclose(row, torch.linspace(0, 255, 64), atol=2)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (64, 64), "black")
+    image.paste("white", (0, 0, 64, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of what is stored belongs on the right
+    image.save(tmp_path / "turned.png", exif=exif)
+    decoded = decode_image(tmp_path / "turned.png", 64)[0]
+    assert decoded[32, -4] == 255
+    assert decoded[32, 4] == 0
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_every_mode_gives_three_channels(tmp_path, mode):
+    Image.new("RGB", (20, 40), "white").convert(mode).save(tmp_path / "x.tiff")
+    decoded = decode_image(tmp_path / "x.tiff", 32)
+    assert decoded.shape == (3, 32, 32)
+    assert decoded.dtype == torch.uint8
+    assert decoded.min() > 250
+
+
+def test_only_the_first_frame_of_an_animation_is_read(tmp_path):
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
+    for name in ("x.gif", "x.webp", "x.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert decode_image(tmp_path / name, 32)[:, 5, 5].tolist() == pytest.approx([255, 0, 0], abs=5)
+
+
+def break_files(folder):
+    whole = save_picture(folder / "whole.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "page.png").write_text("<html>not found</html>")
+    (folder / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    return ["cut.png", "drawing.png", "empty.jpg", "page.png"]
+
+
+def test_broken_files_are_all_named_with_the_reason_and_no_cache_is_left(tmp_path):
+    broken = break_files(tmp_path / "set")
+    with pytest.raises(DataError) as caught:
+        load_images(tmp_path / "set", 32, cache_dir=tmp_path / "cache")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("4 of 5 images in")
+    assert [line.split(":")[0].strip() for line in lines[1:]] == broken
+    assert all(len(line.split(":", 1)[1]) > 5 for line in lines[1:])
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_images_are_decoded_once_and_then_read_from_the_cache(image_folder, tmp_path, monkeypatch):
+    first = load_images(image_folder, 32, cache_dir=tmp_path / "cache")
+    assert first.images.shape == (10, 3, 32, 32)
+    assert sum(first.class_counts.values()) == 10
+    for image, path in zip(first.images, find_images(image_folder), strict=True):
+        assert torch.equal(image, decode_image(path, 32))
+    monkeypatch.setattr(image_data, "decode_image", None)
+    assert torch.equal(load_images(image_folder, 32, cache_dir=tmp_path / "cache").images, first.images)
+
+
+def test_a_changed_folder_or_size_is_decoded_again(image_folder, tmp_path):
+    load_images(image_folder, 32, cache_dir=tmp_path / "cache")
+    changed = find_images(image_folder)[3]
+    Image.new("RGB", (50, 50), "white").save(changed)
+    os.utime(changed, ns=(1, 1))
+    assert (load_images(image_folder, 32, cache_dir=tmp_path / "cache").images[3] == 255).all()
+    assert load_images(image_folder, 64, cache_dir=tmp_path / "cache").images.shape == (10, 3, 64, 64)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_runs_that_start_together_do_not_spoil_the_cache(image_folder, tmp_path):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+        sums = list(pool.map(_load_sum, [(image_folder, tmp_path / "cache")] * 3))
+    assert len(set(sums)) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def _load_sum(arguments):
+    return load_images(arguments[0], 32, cache_dir=arguments[1]).images.sum().item()
+
+
+def test_no_room_for_the_cache_is_said_before_it_is_needed(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(DataError, match=r"needs 30,720 bytes in .*cache, 1,000 are free; --cache-dir"):
+        load_images(image_folder, 32, cache_dir=tmp_path / "cache")
+
+
+def test_an_interrupted_build_leaves_nothing(image_folder, tmp_path, monkeypatch):
+    def interrupted(path, size):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_data, "decode_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_images(image_folder, 32, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_every_epoch_holds_every_image_once_and_batches_join_end_to_end():
+    order = torch.cat([batch_indices(10, position, 4, seed=1) for position in range(0, 40, 4)])
+    epochs = order.view(4, 10)
+    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(batch_indices(10, 17, 6, seed=1), order[17:23])
+    assert not torch.equal(batch_indices(10, 0, 10, seed=2), order[:10])
+
+
+def test_a_batch_larger_than_the_folder_repeats_it():
+    assert sorted(batch_indices(3, 0, 7, seed=0).tolist()[:6]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_random_generator_is_a_function_of_its_key():
+    draws = {key: tuple(torch.rand(4, generator=random_generator(*key)).tolist())
+             for key in ((0, "critic", 1), (0, "critic", 2), (0, "generator", 1), (1, "critic", 1))}
+    assert len(set(draws.values())) == 4
+    assert tuple(torch.rand(4, generator=random_generator(0, "critic", 1)).tolist()) == draws[0, "critic", 1]
+
+
+def test_to_float_maps_0_and_255_to_0_and_1():
+    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8), "cpu").tolist() == pytest.approx([0, 0.2, 1])
+
+
+@pytest.mark.skipif(MESSY is None, reason="needs a folder of awkward files beside the project")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_awkward_files_behave_as_their_manifest_says():
+    found = set(find_images(MESSY))
+    for row in csv.DictReader((MESSY / "MANIFEST.csv").read_text().splitlines()):
+        path = (MESSY / row["path"]).resolve()
+        if row["expected"] == "to be skipped" or (path not in found and "skipped" in row["expected"]):
+            assert path not in found
+            continue
+        assert path in found
+        if row["expected"].startswith("unreadable"):
+            with pytest.raises(DataError):
+                decode_image(path, 64)
+        else:
+            assert decode_image(path, 64).shape == (3, 64, 64)
+    grey = decode_image(MESSY / "drawn" / "dog_16bit_grey.png", 64).float()
+    assert grey.std() > 20
+    assert not math.isclose(grey.mean(), 255, abs_tol=10)

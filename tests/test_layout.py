@@ -1,0 +1,76 @@
+"""The shape of the project: who may import whom, and what importing does."""
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+OUTSIDE = {"torch", "torchvision", "PIL", "tqdm"}
+MAY_IMPORT = {
+    "config": set(),
+    "synthetic_video": {"torch"},
+    "model_definitions": {"torch", "synthetic_video"},
+    "losses": {"torch"},
+    "augmentation": {"torch", "synthetic_video"},
+    "image_data": {"torch", "torchvision", "PIL", "tqdm"},
+    "demo_images": {"PIL", "tqdm"},
+    "checkpointing": {"torch"},
+    "run_folder": {"torchvision"},
+    "training": {"torch", "tqdm", "config", "synthetic_video", "model_definitions", "losses", "augmentation", "image_data",
+                 "demo_images", "checkpointing", "run_folder"},
+}
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_the_table_knows_every_module():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_a_module_imports_only_what_its_place_allows(module):
+    assert set(imported(ROOT / f"{module}.py")) - set(sys.stdlib_module_names) <= MAY_IMPORT[module]
+
+
+def test_importing_every_module_does_no_work(tmp_path):
+    code = f"""
+import random, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["notebook", "--data", "nowhere"]
+import torch
+state, threads = torch.get_rng_state(), torch.get_num_threads()
+python_state = random.getstate()
+import {", ".join(MAY_IMPORT)}
+assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python_state
+assert sys.argv == ["notebook", "--data", "nowhere"] and torch.get_num_threads() == threads
+assert not torch.cuda.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-B", "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def calls(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}, path
+
+
+def test_every_checkpoint_is_read_as_data_and_nothing_is_executed():
+    found = [call for path in SOURCES for call in calls(path)]
+    loads = [call for call in found if call[0] == "torch.load"]
+    assert loads
+    assert all(keywords.get("weights_only") == "True" for _, keywords, _ in loads)
+    for name, keywords, path in found:
+        assert name not in ("eval", "exec", "os.system", "pickle.load", "pickle.loads"), path
+        assert keywords.get("shell") in (None, "False"), path

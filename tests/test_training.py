@@ -1,0 +1,411 @@
+import copy
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+import training
+from augmentation import RANDOM_NUMBERS
+from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from config import Config
+from model_definitions import VAE
+from run_folder import RunFolderError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TIMES = ("images_per_second", "elapsed_seconds")
+
+
+def newest(run):
+    return load_newest(run / "checkpoints")
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def assert_same(one, other, path=""):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            if name not in ("config", "elapsed_seconds"):
+                assert_same(one[name], other[name], f"{path}.{name}")
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}[{index}]")
+    else:
+        assert one == other, path
+
+
+@pytest.fixture(scope="module")
+def images():
+    coarse = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return coarse.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+def tiny_trainer(**settings):
+    return training.Trainer(Config(**{"data": "x", **TINY, **settings}), torch.device("cpu"))
+
+
+def critic_arguments(images):
+    return images, torch.randn(4, 8), torch.rand(4, 1, 1, 1), torch.rand(4, RANDOM_NUMBERS)
+
+
+def generator_arguments(images):
+    return images, torch.randn(4, 8), torch.randn(4, 8), torch.rand(4, RANDOM_NUMBERS), 0.5
+
+
+# The updates
+
+
+@pytest.mark.parametrize("settings", [{}, {"augment": True}, {"output_layer": "none"}])
+def test_an_update_moves_its_own_network_and_no_other(images, settings):
+    trainer = tiny_trainer(**settings)
+    before = {name: value.clone() for name, value in trainer.critic.state_dict().items()}
+    generator = {name: value.clone() for name, value in trainer.generator.state_dict().items()}
+    trainer.critic_update(*critic_arguments(images))
+    assert all(not torch.equal(before[n], v) for n, v in trainer.critic.state_dict().items())
+    assert all(torch.equal(generator[n], v) for n, v in trainer.generator.state_dict().items())
+    before = {name: value.clone() for name, value in trainer.critic.state_dict().items()}
+    trainer.generator_update(*generator_arguments(images))
+    assert all(torch.equal(before[n], v) for n, v in trainer.critic.state_dict().items())
+    assert all(not torch.equal(generator[n], v) for n, v in trainer.generator.state_dict().items())
+    assert all(p.requires_grad and p.grad is not None for p in trainer.critic.parameters())
+
+
+def test_the_average_moves_part_of_the_way(images):
+    trainer = tiny_trainer()
+    start = trainer.averaged.mu.weight.clone()
+    trainer.generator_update(*generator_arguments(images))
+    assert torch.allclose(trainer.averaged.mu.weight, (start + trainer.generator.mu.weight) / 2)
+    assert not any(p.requires_grad for p in trainer.averaged.parameters())
+
+
+def test_the_critic_learns_to_score_real_above_fake(images):
+    trainer = tiny_trainer(critic_learning_rate=1e-3)
+    distances = [trainer.critic_update(*critic_arguments(images))["wasserstein_distance"].item() for _ in range(60)]
+    assert sum(distances[-10:]) / 10 > distances[0] + 1
+
+
+def test_the_generator_learns_to_reconstruct(images):
+    trainer = tiny_trainer(generator_learning_rate=2e-3)
+    losses = [trainer.generator_update(*generator_arguments(images))["reconstruction"].item() for _ in range(200)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_without_vae_terms_training_is_purely_adversarial(images):
+    trainer = tiny_trainer(reconstruction_weight=0.0, kl_weight=0.0)
+    found = trainer.generator_update(*generator_arguments(images))
+    assert "reconstruction" not in found
+    assert trainer.generator.mu.weight.grad is None
+    assert trainer.generator.decoder[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_moves_no_weight_and_is_reported(images, bad):
+    trainer = tiny_trainer()
+    trainer.critic_update(*critic_arguments(images))
+    trainer.generator_update(*generator_arguments(images))
+    before = copy.deepcopy(trainer.state())
+    poisoned = images.clone()
+    poisoned[0, 0, 5, 5] = bad
+    found = trainer.critic_update(*critic_arguments(poisoned)) | trainer.generator_update(*generator_arguments(poisoned))
+    after = trainer.state()
+    assert all(value.isfinite().all() for value in after.pop("averaged").values())
+    del before["averaged"]  # it goes on towards the weights, which stay
+    assert_same(before, after)
+    assert not found["critic_loss"].isfinite()
+    assert not found["reconstruction"].isfinite()
+
+
+def test_bfloat16_updates_are_near_those_in_float32(images):
+    arguments = critic_arguments(images), generator_arguments(images)
+    found = []
+    for precision in ("float32", "bfloat16"):
+        trainer = tiny_trainer(precision=precision, base_channels=16)
+        found.append(trainer.critic_update(*arguments[0]) | trainer.generator_update(*arguments[1]))
+    for name in ("critic_loss", "gradient_penalty", "generator_loss", "reconstruction", "kl_divergence"):
+        assert found[1][name].item() == pytest.approx(found[0][name].item(), rel=0.05, abs=0.02), name
+
+
+# A run
+
+
+def test_a_run_leaves_the_folder_that_the_readme_describes(train_tiny):
+    run = train_tiny(steps=4, sample_every=2)
+    assert run == pathlib.Path("runs/images")
+    assert {path.name for path in run.iterdir()} == {"config.json", "reals.png", "samples", "reconstructions", "alpha_maps",
+                                                     "metrics.jsonl", "checkpoints"}
+    for folder in ("samples", "reconstructions", "alpha_maps"):
+        assert sorted(os.listdir(run / folder)) == [f"step_000000{step}.png" for step in (0, 2, 4)]
+    assert [line["step"] for line in metrics(run)] == [2, 4]
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 4
+    assert os.listdir(run / "checkpoints") == ["step_0000004.pt"]
+    with Image.open(run / "samples" / "step_0000004.png") as grid:
+        assert grid.size == (8 * 34 + 2, 8 * 34 + 2)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 5])  # in mid-epoch, and around the end of an epoch of ten images
+@pytest.mark.parametrize("settings", [{"critic_steps": 2}, {"precision": "bfloat16", "augment": True}])
+def test_stopping_at_any_step_and_running_again_gives_the_same_run(train_tiny, cut, settings):
+    straight = train_tiny(steps=6, out="straight", log_every=4, **settings)
+    train_tiny(steps=cut, out="cut", log_every=4, **settings)
+    resumed = train_tiny(steps=6, out="cut", log_every=4, **settings)
+    assert_same(newest(straight), newest(resumed))
+    assert metrics(straight) == metrics(resumed)
+    last = "samples/step_0000006.png"
+    assert (straight / last).read_bytes() == (resumed / last).read_bytes()
+
+
+def test_the_comparison_above_notices_a_lost_position(train_tiny):
+    straight = train_tiny(steps=6, out="straight")
+    cut = train_tiny(steps=3, out="cut")
+    state = newest(cut)
+    state["images_seen"] = 0
+    save_checkpoint(cut / "checkpoints", state.pop("step"), state, keep=1)
+    train_tiny(steps=6, out="cut")
+    with pytest.raises(AssertionError):
+        assert_same(newest(straight), newest(cut))
+
+
+def test_sampling_has_no_side_effect(train_tiny):
+    often = train_tiny(steps=4, out="often", sample_every=1)
+    never = train_tiny(steps=4, out="never", sample_every=1_000)
+    assert_same(newest(often), newest(never))
+
+
+def test_a_checkpoint_alone_rebuilds_the_generator_and_its_pictures(train_tiny):
+    run = train_tiny(steps=3)
+    state = newest(run)
+    vae = VAE(**state["model_arguments"])
+    vae.load_state_dict(state["averaged"])
+    noise = torch.randn(64, 8, generator=training.random_generator(0, "samples"))
+    with torch.no_grad():
+        training.save_grid(vae.decode(noise), run / "again.png", columns=8)
+    drawn, again = (torch.frombuffer(bytearray(Image.open(run / name).tobytes()), dtype=torch.uint8).int()
+                    for name in ("samples/step_0000003.png", "again.png"))
+    assert (drawn - again).abs().max() <= 1
+
+
+def test_a_finished_run_says_so_and_changes_nothing(train_tiny, capfd):
+    run = train_tiny(steps=2)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    train_tiny(steps=2)
+    assert "nothing is left to do" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_epochs_count_passes_over_the_images(train_tiny):
+    assert newest(train_tiny(epochs=2.0, critic_steps=2))["step"] == 3  # 20 images in steps of 8
+
+
+def test_a_changed_setting_is_reported_with_both_values(train_tiny, capfd):
+    train_tiny(steps=1, out="run")
+    train_tiny(steps=2, out="run", batch_size=2, seed=3, critic_learning_rate=1e-3)
+    said = capfd.readouterr().out
+    for name, old, new in (("batch-size", 4, 2), ("seed", 0, 3), ("critic-learning-rate", 0.0004, 0.001)):
+        assert f"warning: --{name} was {old}, is {new} from here on" in said
+
+
+def test_a_changed_number_of_images_is_reported_with_both_counts(train_tiny, image_folder, capfd):
+    train_tiny(steps=1)
+    Image.new("RGB", (32, 32)).save(image_folder / "circle" / "new.png")
+    train_tiny(steps=2)
+    assert "warning: the folder had 10 images, has 11 from here on" in capfd.readouterr().out
+
+
+def test_another_model_is_refused_in_the_same_folder_and_numbered_where_none_is_named(train_tiny):
+    train_tiny(steps=1, out="run")
+    with pytest.raises(CheckpointError, match="--latent-dim: this run has 8, got 9; --fresh"):
+        train_tiny(steps=1, out="run", latent_dim=9)
+    assert train_tiny(steps=1) == pathlib.Path("runs/images")
+    assert train_tiny(steps=1, latent_dim=9) == pathlib.Path("runs/images-2")
+    assert train_tiny(steps=2) == pathlib.Path("runs/images")
+
+
+def test_fresh_starts_beside_what_is_there_and_running_again_continues_the_newest(train_tiny):
+    train_tiny(steps=2)
+    assert train_tiny(steps=1, fresh=True) == pathlib.Path("runs/images-2")
+    assert newest(train_tiny(steps=2))["step"] == 2
+    assert newest(pathlib.Path("runs/images-2"))["step"] == 2
+
+
+def test_a_run_can_start_from_the_checkpoint_of_another(train_tiny):
+    first = train_tiny(steps=2)
+    straight = train_tiny(steps=4, out="straight")
+    branched = train_tiny(steps=4, out="branch", resume=str(list_checkpoints(first / "checkpoints")[0]))
+    assert_same(newest(straight), newest(branched))
+
+
+def test_a_folder_of_other_things_is_left_alone(train_tiny, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(RunFolderError, match="--out: mine holds other things than a run"):
+        train_tiny(steps=1, out="mine")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunFolderError, match="--out: file is a file"):
+        train_tiny(steps=1, out="file")
+    assert os.listdir("mine") == ["letter.txt"]
+
+
+def test_no_room_for_the_checkpoints_is_said_before_training(train_tiny, monkeypatch):
+    real = training.prepare_run_folder
+    monkeypatch.setattr(training, "prepare_run_folder", lambda *a, bytes_needed, **k: real(*a, bytes_needed=1 << 60, **k))
+    with pytest.raises(RunFolderError, match=r"--out: the checkpoints need [\d,]+ bytes in runs/images, [\d,]+ are free"):
+        train_tiny(steps=1)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(train_tiny, capfd):
+    straight = train_tiny(steps=4, out="straight")
+    run = train_tiny(steps=2, out="run", checkpoint_every=1)
+    list_checkpoints(run / "checkpoints")[-1].write_bytes(b"torn")
+    train_tiny(steps=4, out="run")
+    assert "trying the one before" in capfd.readouterr().out
+    assert_same(newest(straight), newest(run))
+    assert metrics(straight) == metrics(run)
+
+
+@pytest.mark.parametrize("damage", ["key", "name", "shape"])
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(train_tiny, damage):
+    run = train_tiny(steps=1)
+    path = list_checkpoints(run / "checkpoints")[0]
+    state = load_checkpoint(path)
+    if damage == "key":
+        del state["critic"]
+    elif damage == "name":
+        state["critic"]["other"] = state["critic"].pop("score.weight")
+    else:
+        state["averaged"]["mu.bias"] = torch.zeros(3)
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="critic|score.weight|mu.bias") as caught:
+        train_tiny(steps=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train_tiny, monkeypatch):
+    run = train_tiny(steps=2)
+    real = training.Trainer.critic_update
+
+    def poisoned(self, images, *rest):
+        return real(self, images * float("nan"), *rest)
+
+    monkeypatch.setattr(training.Trainer, "critic_update", poisoned)
+    with pytest.raises(training.TrainingError, match="step 3: critic_loss is nan.*checkpoints"):
+        train_tiny(steps=6, log_every=50, checkpoint_every=3)
+    assert os.listdir(run / "checkpoints") == ["step_0000002.pt"]
+
+
+def test_fewer_images_than_a_batch_and_a_single_image_work(train_tiny, image_folder, capfd):
+    for path in sorted(image_folder.rglob("*.png"))[1:]:
+        path.unlink()
+    assert newest(train_tiny(steps=2))["step"] == 2
+    assert "fewer images than --batch-size 4" in capfd.readouterr().out
+
+
+def test_all_of_a_batch_is_drawn_from_the_seed_the_purpose_and_the_step(train_tiny):
+    states = [newest(train_tiny(steps=2, out=f"run{seed}{again}", seed=seed)) for seed, again in ((0, 0), (0, 1), (1, 0))]
+    assert_same(states[0], states[1])
+    assert not torch.equal(states[0]["critic"]["score.weight"], states[2]["critic"]["score.weight"])
+
+
+# The command line
+
+
+def command(*arguments, **options):
+    return subprocess.run([sys.executable, "-W", "error::DeprecationWarning", ROOT / "training.py", *map(str, arguments)],
+                          capture_output=True, text=True, check=False, **options)
+
+
+def tiny_arguments(**settings):
+    given = {**TINY, **settings}
+    return [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
+
+
+def test_output_to_a_file_is_lines_and_the_log_is_json(image_folder):
+    done = command("--data", image_folder, *tiny_arguments(steps=4))
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "\r" not in done.stdout
+    assert re.search(r"step 4/4 .* images/s  00:00 left", done.stdout)
+    assert "done: 4 steps; look at runs/images/samples/step_0000004.png" in done.stdout
+    assert [line["step"] for line in metrics(pathlib.Path("runs/images"))] == [2, 4]
+
+
+def test_dry_run_describes_trains_one_step_and_leaves_no_run(image_folder):
+    done = command("--data", image_folder, *tiny_arguments(), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for expected in ("10 images in 3 classes", "generator 0.1 M parameters", "--batch-size               4",
+                     "one step: critic_loss", "bytes of weights"):
+        assert expected in done.stdout
+    assert not pathlib.Path("runs").exists()
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--data", "nowhere"], "nowhere is missing, a folder of images is needed"),
+    (["--data", "images", "--resume", "none.pt"], "none.pt: no such file"),
+    (["--data", "images", "--steps", "0"], "--steps: must be at least 1, got 0"),
+])
+def test_a_refusal_is_one_line_and_status_2(image_folder, arguments, said):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not pathlib.Path("runs").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_leaves_and_the_run_goes_on(image_folder, train_tiny, number, status):
+    arguments = ["--data", image_folder, *tiny_arguments(log_every=1)]
+    process = subprocess.Popen([sys.executable, ROOT / "training.py", *map(str, arguments), "--steps", "100000"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = pathlib.Path("runs/images")
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert err == ""
+    assert re.search(r"stopped after step \d+, saved; the same command goes on from there\n$", out)
+    stopped = newest(run)
+    assert stopped["step"] == metrics(run)[-1]["step"]
+    steps = stopped["step"] + 2
+    assert_same(newest(train_tiny(steps=steps, log_every=1)), newest(train_tiny(steps=steps, log_every=1, out="straight")))
+
+
+def test_a_second_signal_leaves_at_once():
+    code = ("import os, signal, training\n"
+            "interrupt = training.Interrupt()\n"
+            "interrupt.install()\n"
+            "with interrupt.deferred():\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n"
+            "    assert interrupt.received\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n"
+            "    print('still here')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stdout == ""
+
+
+def test_the_demo_draws_its_images_once_and_trains_its_preset(monkeypatch):
+    import demo_images
+
+    monkeypatch.setattr(training, "draw_demo_images", lambda folder: demo_images.draw_demo_images(folder, 12))
+    config = dataclasses.replace(Config(demo=True), **{**TINY, "steps": 2})
+    assert training.train(config) == pathlib.Path("runs/demo")
+    assert len(list(pathlib.Path("demo_images").rglob("*.png"))) == 12
