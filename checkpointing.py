@@ -1,6 +1,7 @@
 """Checkpoints: files of tensors and plain values, written whole or not at all, read without running anything in them."""
 import os
 import pathlib
+import shutil
 
 import torch
 
@@ -21,6 +22,9 @@ def save_checkpoint(folder, step, state, *, keep):
         step: number of the step, for the name and the order.
         state: a dict of tensors and plain values.
         keep: at least 1.
+
+    Raises:
+        OSError: it could not be written; how much room there is.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,6 +36,10 @@ def save_checkpoint(folder, step, state, *, keep):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns what the system says into a RuntimeError
+        free = shutil.disk_usage(folder).free
+        raise OSError(f"{path} could not be written, {free:,} bytes are free there; older checkpoints are whole "
+                      f"({str(error).splitlines()[0]})") from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":

@@ -53,7 +53,7 @@ class Config:
                                              metavar="WEIGHT", least=0)
     reconstruction_weight: float = _option(1.0, "training", "of the reconstruction in the generator's loss",
                                            metavar="WEIGHT", least=0)
-    kl_weight: float = _option(0.1, "training", "of the KL divergence, per nat, in the generator's loss", metavar="WEIGHT",
+    kl_weight: float = _option(0.02, "training", "of the KL divergence, per nat, in the generator's loss", metavar="WEIGHT",
                                least=0)
     ema_half_life_images: float = _option(5_000.0, "training", "images after which the averaged generator has forgotten "
                                           "half; shorter at the start of a run", metavar="IMAGES", above=0)

@@ -4,6 +4,7 @@ A step is some critic updates and one generator update. All randomness is drawn 
 step), and the order of the images is a function of (seed, epoch): a checkpoint holds no random state, and running the same
 command again continues the same run.
 """
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -29,6 +30,7 @@ from run_folder import RunFolderError, append_metrics, choose_run_folder, prepar
 DEMO_FOLDER = pathlib.Path("demo_images")
 ADAM_BETAS = (0.0, 0.9)  # Gulrajani et al. 2017: momentum in the critic's gradient unsettles the penalty
 EMA_RAMP = 0.05  # the half-life of the average is at most this part of the images seen
+SAVED_PARTS = ("generator", "averaged", "critic", "generator_optimizer", "critic_optimizer")
 NUM_SAMPLES = 64
 COLUMNS = 8  # of the grids
 MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "device", "cache_dir", "log_every", "sample_every",
@@ -106,11 +108,11 @@ class Trainer:
         return _detached(**metrics)
 
     def state(self):
-        return {name: getattr(self, name).state_dict() for name in self._parts()}
+        return {name: getattr(self, name).state_dict() for name in SAVED_PARTS}
 
     def load_state(self, state):
         try:
-            for name in self._parts():
+            for name in SAVED_PARTS:
                 getattr(self, name).load_state_dict(state[name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not fit these networks: {' '.join(str(error).split())}") from None
@@ -121,9 +123,6 @@ class Trainer:
     def state_bytes(self):
         generator, critic = self.num_parameters()
         return 4 * (4 * generator + 3 * critic)  # float32: the weights, two moments of each, the averaged generator
-
-    def _parts(self):
-        return ("generator", "averaged", "critic", "generator_optimizer", "critic_optimizer")
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
@@ -186,9 +185,9 @@ def train(config, *, interrupt=None):
         return out
     run.open()
     with interrupt.deferred(), run.progress:
+        if run.step == 0:
+            run.draw_samples()
         while run.step < run.total_steps and not interrupt.received:
-            if run.step == 0:
-                run.draw_samples()
             run.record(_train_step(trainer, data.images, run.step, run.images_seen))
             if run.step % config.log_every == 0:
                 run.log()
@@ -209,26 +208,24 @@ def train(config, *, interrupt=None):
 
 def _train_step(trainer, images, step, images_seen):
     """One generator update with its critic updates; returns their metrics, on the device."""
-    config = trainer.config
+    config, device = trainer.config, trainer.device
     n, z = config.batch_size, config.latent_dim
+    critic_metrics = []
     for update in range(config.critic_steps):
-        indices = batch_indices(len(images), images_seen + update * n, n, seed=config.seed)
-        real = to_float(images[indices], trainer.device)
-        random = random_generator(config.seed, "critic", step, update)
-        metrics = trainer.critic_update(real, *_to(trainer.device, torch.randn(n, z, generator=random),
-                                                   torch.rand(n, 1, 1, 1, generator=random),
-                                                   torch.rand(n, RANDOM_NUMBERS, generator=random)))
-    random = random_generator(config.seed, "generator", step)
-    images_per_step = n * config.critic_steps
-    half_life = min(config.ema_half_life_images, EMA_RAMP * (images_seen + images_per_step))
-    return metrics | trainer.generator_update(real, *_to(trainer.device, torch.randn(n, z, generator=random),
-                                                         torch.randn(n, z, generator=random),
-                                                         torch.rand(n, RANDOM_NUMBERS, generator=random)),
-                                              ema_weight=1 - 0.5 ** (images_per_step / half_life))
-
-
-def _to(device, *tensors):
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+        real = to_float(images[batch_indices(len(images), images_seen, n, seed=config.seed)], device)
+        images_seen += n
+        draw = random_generator(config.seed, "critic", step, update)
+        drawn = (torch.randn(n, z, generator=draw), torch.rand(n, 1, 1, 1, generator=draw),
+                 torch.rand(n, RANDOM_NUMBERS, generator=draw))
+        critic_metrics.append(trainer.critic_update(real, *(tensor.to(device) for tensor in drawn)))
+    draw = random_generator(config.seed, "generator", step)
+    drawn = (torch.randn(n, z, generator=draw), torch.randn(n, z, generator=draw),
+             torch.rand(n, RANDOM_NUMBERS, generator=draw))
+    half_life = min(config.ema_half_life_images, EMA_RAMP * images_seen)
+    ema_weight = 1 - 0.5 ** (n * config.critic_steps / half_life)
+    metrics = trainer.generator_update(real, *(tensor.to(device) for tensor in drawn), ema_weight)
+    means = {name: torch.stack([one[name] for one in critic_metrics]).mean() for name in critic_metrics[0]}
+    return means | metrics
 
 
 class _Run:
@@ -272,8 +269,8 @@ class _Run:
         self.noise = torch.randn(NUM_SAMPLES, self.config.latent_dim, generator=random_generator(seed, "samples"))
         self.reals = to_float(self.data.images[batch_indices(len(self.data.images), 0, NUM_SAMPLES, seed=seed)], "cpu")
         save_grid(self.reals, self.out / "reals.png", columns=COLUMNS)
-        self.progress = tqdm(total=self.total_steps * self.images_per_step, initial=self.images_seen, unit=" images",
-                             unit_scale=True, smoothing=0.05, disable=None)
+        self.progress = tqdm(total=self.total_steps * self.images_per_step, initial=self.step * self.images_per_step,
+                             unit=" images", unit_scale=True, smoothing=0.05, disable=None)
         self.opened = self.last_log = time.perf_counter()
         self.steps_since_last_log = 0
 
@@ -305,8 +302,8 @@ class _Run:
     def _mean_metrics(self):
         """The means over the steps since the last log, read from the device; raises if one of them was not finite."""
         means = {}
-        for name in self.pending[0] if self.pending else ():
-            values = torch.stack([metrics[name].float().cpu() for metrics in self.pending])
+        for name in self.pending[-1] if self.pending else ():
+            values = torch.stack([metrics[name].float().cpu() for metrics in self.pending if name in metrics])
             for index in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
                 raise TrainingError(
                     f"step {self.step - len(values) + index + 1}: {name} is {values[index]}. That update was not made, and "
@@ -363,14 +360,11 @@ class Interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
+    @contextlib.contextmanager
     def deferred(self):
         """Within this context a signal is only noted; outside it ends what is being prepared."""
-        return self
-
-    def __enter__(self):
         self._deferred = True
-
-    def __exit__(self, *_):
+        yield
         self._deferred = False
 
     def _handle(self, number, frame):
