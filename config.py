@@ -37,7 +37,7 @@ class Config:
                                             "at it", choices=("auto", "float32", "bfloat16"))
 
     latent_dim: int = _option(128, "model", "size of the latent vector", metavar="Z", least=1)
-    base_channels: int = _option(48, "model", "width of the largest maps; deeper ones are up to 8 times wider",
+    base_channels: int = _option(32, "model", "width of the largest maps; deeper ones are up to 8 times wider",
                                  metavar="N", least=1)
     output_layer: str = _option("cnn", "model", "what follows the decoder: CNNParamTanh, one learned alpha for all "
                                                 "images, or nothing", choices=("cnn", "static", "none"))
@@ -100,7 +100,8 @@ class Config:
 
 
 # What --demo changes, where the command line does not say otherwise: a few minutes on two CPU cores.
-DEMO = {"image_size": 32, "base_channels": 32, "steps": 4_000, "sample_every": 250, "checkpoint_every": 1_000}
+DEMO = {"image_size": 32, "steps": 2_500, "critic_learning_rate": 8e-4, "generator_learning_rate": 8e-4,
+        "sample_every": 250, "checkpoint_every": 1_000}
 
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

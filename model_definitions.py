@@ -81,10 +81,11 @@ class CNN(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        nn.init.normal_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
         # With two filters, independent starts are sometimes both dead; of w and -w one always fires.
         with torch.no_grad():
             self.conv.weight[1] = -self.conv.weight[0]
-        nn.init.zeros_(self.conv.bias)
         # Near zero, so that alpha starts where it should; not zero, or no gradient would reach the convolution.
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
@@ -92,8 +93,10 @@ class CNN(nn.Module):
     def forward(self, video):
         features = video.flatten(1, 2) if video.dim() == 5 else video
         _check_shape("video", features, self.input_shape)
+        # Both layers are divided by the square root of their fan-in. An optimizer like Adam moves every weight alike, and
+        # the frames are alike too: undivided, one step would change all features, and so alpha, at once and by much.
         features = self.pool(self.conv(features)).relu().flatten(1)  # pooling first: same result, less work
-        # Divided so that one optimizer step, which moves every weight alike, moves alpha little.
+        features = features / math.sqrt(9 * self.conv.in_channels)
         grid = self.linear(features) / math.sqrt(self.linear.in_features)
         return self.alpha_map(grid.unflatten(1, (self.alpha_grid, self.alpha_grid)))
 
@@ -168,7 +171,7 @@ class VAE(nn.Module):
     Shape: forward takes images (N, C, H, W) in [0, 1] and returns (reconstruction (N, C, H, W), mu (N, Z), logvar (N, Z)).
     """
 
-    def __init__(self, *, image_size=128, latent_dim=128, base_channels=48, num_frames=16, output_layer="cnn",
+    def __init__(self, *, image_size=128, latent_dim=128, base_channels=32, num_frames=16, output_layer="cnn",
                  alpha_grid=16):
         super().__init__()
         if output_layer not in OUTPUT_LAYERS:
@@ -253,7 +256,7 @@ class Discriminator(nn.Module):
     Shape: images (N, C, H, W) in [0, 1] to scores (N,), higher for what looks real.
     """
 
-    def __init__(self, *, image_size=128, base_channels=48):
+    def __init__(self, *, image_size=128, base_channels=32):
         super().__init__()
         widths = _widths(image_size, base_channels)
         self.image_shape = (CHANNELS, image_size, image_size)
