@@ -26,7 +26,7 @@ def augment(images, random_numbers):
     mirror, down, right, zoom, brightness, contrast = (2 * random_numbers - 1).to(images.dtype).unbind(1)
     height, width = images.shape[-2:]
     rows = _window(height, 1 + ZOOM * zoom, SHIFT * down)
-    columns = _window(width, mirror.sign() * (1 + ZOOM * zoom), SHIFT * right)
+    columns = _window(width, torch.where(mirror < 0, -1.0, 1.0) * (1 + ZOOM * zoom), SHIFT * right)
     moved = torch.einsum("nhi,ncij,nwj->nchw", rows, images, columns)
     mean = moved.mean(dim=(1, 2, 3), keepdim=True)
     contrast = (1 + CONTRAST * contrast).view(-1, 1, 1, 1)

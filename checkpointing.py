@@ -6,6 +6,8 @@ import shutil
 import torch
 
 FORMAT = 1  # raised when a file of before can no longer be read
+PLAIN = {"step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "config": dict,
+         "model_arguments": dict, "pending_metrics": list}  # what a checkpoint holds beside weights and optimizer states
 
 
 class CheckpointError(ValueError):
@@ -38,8 +40,9 @@ def save_checkpoint(folder, step, state, *, keep):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's writer turns what the system says into a RuntimeError
         free = shutil.disk_usage(folder).free
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise OSError(f"{path} could not be written, {free:,} bytes are free there; older checkpoints are whole "
-                      f"({str(error).splitlines()[0]})") from error
+                      f"({reason})") from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
@@ -48,21 +51,32 @@ def save_checkpoint(folder, step, state, *, keep):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    for old in list_checkpoints(folder)[:-keep]:
+    older = [old for old in list_checkpoints(folder) if _order(old) < _order(path)]
+    for old in older[:len(older) - keep + 1]:
         old.unlink()
     return path
 
 
 def list_checkpoints(folder):
     """Returns the checkpoints in a folder, oldest first."""
-    return sorted(pathlib.Path(folder).glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
+    return sorted(pathlib.Path(folder).glob("step_*.pt"), key=_order)
+
+
+def _order(path):
+    return len(path.name), path.name
+
+
+def remove_leftovers(folder):
+    """Removes what interrupted saves have left in a folder."""
+    for leftover in pathlib.Path(folder).glob("step_*.tmp"):
+        leftover.unlink()
 
 
 def load_checkpoint(path):
     """Returns the state saved in a file, on the CPU.
 
     Raises:
-        CheckpointError: missing, damaged, of another format, or holding anything but tensors and plain values.
+        CheckpointError: missing, damaged, incomplete, of another format, or holding anything but tensors and plain values.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,20 +86,20 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program, or of another version")
+    for name, kind in PLAIN.items():
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(f"{path}: not a checkpoint of this program: {name} is missing or no {kind.__name__}")
     return state
 
 
 def load_newest(folder, *, report=print):
     """Returns the state of the newest checkpoint in a folder that can be read, None where there is none.
 
-    Damaged ones are passed over, each with a line to `report`; leftovers of an interrupted save are removed.
+    Damaged ones are passed over, each with a line to `report`.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be read.
     """
-    folder = pathlib.Path(folder)
-    for leftover in folder.glob("step_*.tmp"):
-        leftover.unlink()
     paths = list_checkpoints(folder)
     for path in reversed(paths):
         try:

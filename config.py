@@ -66,7 +66,7 @@ class Config:
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
         found = []
-        if (self.data is None) == (not self.demo):
+        if bool(self.data) == self.demo:
             found.append("--data: name a folder of images, or use --demo; one of the two")
         if self.fresh and self.resume:
             found.append("--fresh: starts from nothing, so it does not go with --resume")
@@ -128,7 +128,7 @@ def _lenient(kind):
 def parser():
     """Returns the argparse parser of training.py, made from the fields of Config."""
     made = argparse.ArgumentParser(
-        prog="training.py", allow_abbrev=False,
+        prog="training.py", usage="training.py (--data DIR | --demo) [options]", allow_abbrev=False,
         description="Train a VAE with a CNNParamTanh layer as the generator of a WGAN-GP, on a folder of images. "
                     "Running the same command again continues the run.")
     groups = {}

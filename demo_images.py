@@ -1,10 +1,10 @@
 """Draws a small ImageFolder of coloured shapes, for a first run without images of one's own."""
 import colorsys
 import math
-import os
 import pathlib
 import random
 import shutil
+import tempfile
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -22,14 +22,19 @@ def draw_demo_images(folder, num_images=3_000, *, seed=0):
     folder = pathlib.Path(folder)
     if folder.exists():
         return folder
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".tmp"))
     try:
         for shape in SHAPES:
-            (partial / shape).mkdir(parents=True)
+            (partial / shape).mkdir()
         for index in tqdm(range(num_images), desc="drawing", unit="image", disable=None):
             shape = SHAPES[index % len(SHAPES)]
             draw_shape(shape, random.Random(f"{seed} {index}")).save(partial / shape / f"{index:05d}.png")
+        partial.chmod(0o755)  # mkdtemp's is for the owner alone
         partial.rename(folder)
+    except OSError:
+        if not folder.exists():  # else somebody else was drawing the same and has finished first
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -39,14 +44,11 @@ def draw_shape(shape, rng):
     """Returns one picture: a shape of some colour, size, place and angle, on a background of another colour."""
     side = SIZE * FINE
     hue = rng.random()
-    light, dark = _colour(rng, hue, 0.15, 0.9), _colour(rng, hue + rng.uniform(0.25, 0.75), 0.8, 0.85)
-    background, ink = (light, dark) if rng.random() < 0.7 else (dark, light)
+    light, strong = _colour(rng, hue, 0.15, 0.9), _colour(rng, hue + rng.uniform(0.25, 0.75), 0.8, 0.85)
+    background, ink = (light, strong) if rng.random() < 0.7 else (strong, light)
     image = Image.new("RGB", (side, side), background)
-    if rng.random() < 0.3:  # a darker floor
-        floor = tuple(int(0.85 * value) for value in background)
-        ImageDraw.Draw(image).rectangle((0, side * rng.uniform(0.6, 0.8), side, side), fill=floor)
-    centre = [side * rng.uniform(0.42, 0.58) for _ in range(2)]
-    _draw(ImageDraw.Draw(image), shape, centre, side * rng.uniform(0.24, 0.36), rng.uniform(-0.3, 0.3), ink)
+    centre = [side * rng.uniform(0.45, 0.55) for _ in range(2)]
+    _draw(ImageDraw.Draw(image), shape, centre, side * rng.uniform(0.28, 0.38), rng.uniform(-0.2, 0.2), ink)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

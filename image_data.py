@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -89,8 +90,10 @@ def decode_image(path, size):
 
 def _to_rgb(image):
     if image.mode.startswith(("I", "F")):
+        # Files do not say what white is: the smallest usual scale that holds the brightest sample, with some headroom.
         brightest = 65535 if image.mode.startswith("I;16") else image.getextrema()[1]
-        full = next((scale for scale in (1, 255, 65535) if brightest <= scale), brightest)
+        scales = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        full = next((scale for scale in scales if brightest <= 1.25 * scale), brightest)
         image = image.convert("F").point(lambda value: value * (255 / full)).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -117,7 +120,10 @@ def load_images(folder, size, *, cache_dir):
     shape = (len(paths), 3, size, size)
     cache = pathlib.Path(cache_dir) / f"{folder.name}-{size}px-{_fingerprint(folder, paths, size)}.uint8"
     if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--cache-dir: {error}") from None
         _write_cache(cache, folder, paths, size)
     num_bytes = torch.Size(shape).numel()
     images = torch.from_file(str(cache), size=num_bytes, dtype=torch.uint8).view(shape)
@@ -129,9 +135,17 @@ def load_images(folder, size, *, cache_dir):
 
 
 def _fingerprint(folder, paths, size):
-    facts = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p in paths for s in [p.stat()]]
+    facts = [(str(path.relative_to(folder)), *_size_and_time(path)) for path in paths]
     text = json.dumps([CACHE_VERSION, size, str(folder), facts])
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
+def _size_and_time(path):
+    try:
+        facts = path.stat()
+    except OSError:  # a dangling link, say; reading it will tell
+        return ()
+    return facts.st_size, facts.st_mtime_ns
 
 
 def _write_cache(cache, folder, paths, size):
@@ -147,9 +161,9 @@ def _write_cache(cache, folder, paths, size):
         except DataError as error:
             bad[path] = str(error)
 
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    descriptor, temporary = tempfile.mkstemp(dir=cache.parent, prefix=f"{cache.name}.", suffix=".tmp")
     try:
-        with (open(temporary, "xb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(),
+        with (open(descriptor, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(),
               tqdm(total=len(paths), desc="decoding", unit="image", disable=None) as progress):
             warnings.simplefilter("ignore")  # Pillow's remarks on single files; what cannot be read is raised below
             for start in range(0, len(paths), CHUNK):
@@ -165,7 +179,7 @@ def _write_cache(cache, folder, paths, size):
                             + "\n".join(lines))
         os.replace(temporary, cache)
     finally:
-        temporary.unlink(missing_ok=True)
+        pathlib.Path(temporary).unlink(missing_ok=True)
 
 
 def batch_indices(num_images, position, batch_size, *, seed):

@@ -30,19 +30,25 @@ def gradient_penalty(critic, real, fake, *, mixing=None):
     its own gradient 0, not NaN: torch's vector norm has a defined slope there, a square root of a sum has none.
 
     Args:
-        critic: maps (N, C, H, W) to scores (N,). If it has a method input_gradient, that gives the gradient of each score
-            with respect to its image, differentiable with respect to the critic's parameters; else autograd does.
+        critic: maps (N, C, H, W) to scores (N,). Where it has a method input_gradient, as Discriminator does, that has to
+            give the gradient of what it computes when called, differentiable with respect to its parameters; where it has
+            none, autograd does.
         real, fake: (N, C, H, W).
         mixing: (N, 1, 1, 1) in [0, 1], the share of the real image; drawn uniformly where not given.
 
     Returns:
         A scalar, unweighted, differentiable with respect to the critic's parameters.
 
+    Raises:
+        ValueError: mixing weights of another shape, which would mix pixels instead of samples.
+
     Source: Gulrajani et al. 2017 (arXiv:1704.00028), algorithm 1, lines 4 to 7.
     """
     if mixing is None:
         mixing = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
-    between = torch.lerp(fake.detach(), real.detach(), mixing)
+    if mixing.shape != (len(real), 1, 1, 1):
+        raise ValueError(f"expected mixing weights of shape ({len(real)}, 1, 1, 1), got {tuple(mixing.shape)}")
+    between = torch.lerp(fake.detach(), real.detach(), mixing.to(real.dtype))
     if hasattr(critic, "input_gradient"):
         gradient = critic.input_gradient(between)
     else:
@@ -55,7 +61,7 @@ def gradient_penalty(critic, real, fake, *, mixing=None):
 
 def combined_wasserstein_loss(critic, real, fake, *, weight=10.0, mixing=None):
     """Returns critic_loss + weight * gradient_penalty, what the critic minimises. Arguments as in gradient_penalty."""
-    real_scores, fake_scores = critic(torch.cat([real, fake.detach()])).chunk(2)
+    real_scores, fake_scores = critic(torch.cat([real, fake.detach()])).split([len(real), len(fake)])
     return critic_loss(real_scores, fake_scores) + weight * gradient_penalty(critic, real, fake, mixing=mixing)
 
 

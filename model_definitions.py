@@ -20,6 +20,7 @@ IMAGE_SIZES = (32, 64, 128, 256)
 OUTPUT_LAYERS = ("cnn", "static", "none")
 SMALLEST_MAP = 4  # pixels a side where the encoder ends and the decoder starts: one unit there sees the whole image
 WIDEST = 8  # no layer has more than this many times base_channels
+INITIAL_ALPHA = 3.0  # tanh(3) = 0.995: white can be reached from the first step
 CNN_FILTERS = 2
 CNN_MAP = 16  # pixels a side of what the CNN's Linear layer sees
 LOGVAR_RANGE = (-10.0, 6.0)  # standard deviations of 0.007 (the decoder sees no noise) to 20 (it sees nothing else)
@@ -54,7 +55,8 @@ class AlphaMap(nn.Module):
     def forward(self, grid):
         with torch.autocast(grid.device.type, enabled=False):
             alpha = F.softplus(_at_least_float32(grid) + self.offset)
-            return (self.enlarge @ alpha @ self.enlarge.T).unsqueeze(1)
+            enlarge = self.enlarge.to(alpha.dtype)
+            return (enlarge @ alpha @ enlarge.T).unsqueeze(1)
 
 
 class CNN(nn.Module):
@@ -69,7 +71,7 @@ class CNN(nn.Module):
     Shape: (N, T * C, H, W) or (N, T, C, H, W) to (N, 1, H, W), positive.
     """
 
-    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16, initial_alpha=3.0):
+    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16, initial_alpha=INITIAL_ALPHA):
         super().__init__()
         _check_image_size(image_size)
         self.input_shape = (num_frames * CHANNELS, image_size, image_size)
@@ -105,7 +107,7 @@ class CNNParamTanh(nn.Module):
     """Returns tanh(alpha * images), with alpha predicted by a CNN from a synthetic video of the images.
 
     With rescale=True the result is divided by tanh(alpha): black stays black and white stays white, alpha bends the tone
-    curve in between, and it starts at 1, near the identity, instead of at 3, where tanh(3) = 0.995 lets white be reached.
+    curve in between, and it starts at 1, near the identity, instead of at INITIAL_ALPHA.
 
     Put it after any decoder whose output is in [0, 1]: nn.Sequential(decoder, CNNParamTanh(image_size=64)).
 
@@ -116,16 +118,18 @@ class CNNParamTanh(nn.Module):
         super().__init__()
         self.num_frames, self.rescale = num_frames, rescale
         self.cnn = CNN(image_size=image_size, num_frames=num_frames, alpha_grid=alpha_grid,
-                       initial_alpha=1.0 if rescale else 3.0)
+                       initial_alpha=1.0 if rescale else INITIAL_ALPHA)
 
     def extra_repr(self):
         return f"num_frames={self.num_frames}, rescale={self.rescale}"
 
     def parts(self, images):
         """Returns (video, alpha, images after the layer)."""
-        device = images.device.type  # under autocast the convolution would round the video anyway: round 1/16 of it, first
-        half = torch.is_autocast_enabled(device)
-        video = synthetic_video(images.to(torch.get_autocast_dtype(device)) if half else images, self.num_frames)
+        # In the precision of the convolution that follows, which would round it anyway: a 16th of the work, done first.
+        device, dtype = images.device.type, self.cnn.conv.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        video = synthetic_video(images.to(dtype), self.num_frames)
         alpha = self.cnn(video)
         return video, alpha, self.apply_alpha(images, alpha)
 
@@ -146,7 +150,8 @@ class StaticParamTanh(nn.Module):
     def __init__(self, *, image_size=128, alpha_grid=16):
         super().__init__()
         self.grid = nn.Parameter(torch.zeros(1, alpha_grid, alpha_grid))
-        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid, initial_alpha=3.0)
+        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid,
+                                  initial_alpha=INITIAL_ALPHA)
 
     def parts(self, images):
         """Returns (None, alpha, images after the layer)."""
@@ -199,7 +204,7 @@ class VAE(nn.Module):
         _initialise(self.encoder)
         _initialise(self.decoder)
         # The first images are mid grey whatever the output layer, so that layers are compared from the same start.
-        grey = 0.5 if self.output_layer is None else math.atanh(0.5) / 3.0
+        grey = 0.5 if self.output_layer is None else math.atanh(0.5) / INITIAL_ALPHA
         nn.init.constant_(self.decoder[-1].bias, math.log(grey / (1 - grey)))
 
     def encode(self, images):
@@ -222,7 +227,7 @@ class VAE(nn.Module):
         """Returns Decoded (the image before the output layer, the synthetic video, alpha, the image) for z (N, Z)."""
         _check_shape("z", z, (self.latent_dim,))
         # In half precision the sigmoid would have fewer levels near white than a screen.
-        before = torch.sigmoid(_at_least_float32(self.decoder(z)))
+        before = torch.sigmoid(_at_least_float32(self.decoder(z.to(self.mu.weight.dtype))))
         if self.output_layer is None:
             return Decoded(before, None, None, before)
         return Decoded(before, *self.output_layer.parts(before))
@@ -276,6 +281,7 @@ class Discriminator(nn.Module):
         computation it can itself be differentiated with respect to the weights by an ordinary backward pass, which takes
         half the time of a second backward through autograd, and gives the same numbers.
         """
+        _check_shape("images", images, self.image_shape)
         features, path = 2 * images - 1, []
         convolutions = [layer for layer in self.blocks if isinstance(layer, nn.Conv2d)]
         with torch.no_grad():

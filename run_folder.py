@@ -46,9 +46,10 @@ def choose_run_folder(base, identity, *, exactly, fresh):
 
 def _saved_config(folder):
     try:
-        return json.loads((folder / "config.json").read_text())
+        saved = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return {}
+    return saved if isinstance(saved, dict) else {}
 
 
 def prepare_run_folder(folder, config, *, step, bytes_needed):
@@ -57,10 +58,14 @@ def prepare_run_folder(folder, config, *, step, bytes_needed):
     Raises:
         RunFolderError: fewer bytes are free than will be needed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    bytes_needed -= sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
     if bytes_needed > free:
         raise RunFolderError(f"--out: the checkpoints need {bytes_needed:,} bytes in {folder}, {free:,} are free")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--out: {error}") from None
     _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
     log = folder / "metrics.jsonl"
     if log.exists():

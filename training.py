@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import config as configuration
 from augmentation import RANDOM_NUMBERS, augment
-from checkpointing import CheckpointError, load_checkpoint, load_newest, save_checkpoint
+from checkpointing import CheckpointError, load_checkpoint, load_newest, remove_leftovers, save_checkpoint
 from demo_images import draw_demo_images
 from image_data import DataError, batch_indices, load_images, random_generator, to_float
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
@@ -45,7 +45,7 @@ class Trainer:
     """The networks, their optimizers, and one update of each. The updates take tensors and read nothing from the device."""
 
     def __init__(self, config, device):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(random_generator(config.seed, "weights").initial_seed())
         self.config, self.device = config, device
         self.generator = VAE(**config.model_arguments()).to(device)
         self.critic = Discriminator(image_size=config.image_size, base_channels=config.base_channels).to(device)
@@ -111,11 +111,28 @@ class Trainer:
         return {name: getattr(self, name).state_dict() for name in SAVED_PARTS}
 
     def load_state(self, state):
+        """Takes over a saved state, after checking that all of it fits; rates and the like stay those of the config.
+
+        Raises:
+            CheckpointError: what is missing, of the wrong shape or not finite.
+        """
         try:
-            for name in SAVED_PARTS:
+            for name in SAVED_PARTS[:3]:
                 getattr(self, name).load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+            for name in SAVED_PARTS[3:]:
+                optimizer = getattr(self, name)
+                # load_state_dict checks no shapes, and fused Adam would write past the end of a tensor that is too small.
+                for index, moments in state[name]["state"].items():
+                    parameter = optimizer.param_groups[0]["params"][index]
+                    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                    if {key: value.shape for key, value in moments.items()} != shapes:
+                        raise ValueError(f"{name}, parameter {index}: moments of another shape")
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": state[name]["state"], "param_groups": groups})
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not fit these networks: {' '.join(str(error).split())}") from None
+        if not _all_finite(state):
+            raise CheckpointError("the checkpoint holds numbers that are not finite")
 
     def num_parameters(self):
         return [sum(p.numel() for p in network.parameters()) for network in (self.generator, self.critic)]
@@ -164,7 +181,6 @@ def train(config, *, interrupt=None):
     """
     config.check()
     interrupt = interrupt or Interrupt()
-    _keep_freed_memory()
     device = _pick_device(config.device)
     data_folder = draw_demo_images(DEMO_FOLDER) if config.demo else pathlib.Path(config.data).expanduser()
     config = dataclasses.replace(config, data=str(data_folder.resolve()))
@@ -191,16 +207,17 @@ def train(config, *, interrupt=None):
             run.record(_train_step(trainer, data.images, run.step, run.images_seen))
             if run.step % config.log_every == 0:
                 run.log()
-            if run.step % config.sample_every == 0:
-                run.draw_samples()
             if run.step % config.checkpoint_every == 0:
                 run.save()
-        if run.step % config.sample_every:
-            run.draw_samples()
+            if run.step % config.sample_every == 0:
+                run.draw_samples()
         if run.step % config.checkpoint_every:
             run.save()
-    if interrupt.received:
-        tqdm.write(f"stopped after step {run.step}, saved; the same command goes on from there")
+        if run.step % config.sample_every:
+            run.draw_samples()
+    if run.step < run.total_steps:
+        again = "the same command without --fresh" if config.fresh else "the same command"
+        tqdm.write(f"stopped after step {run.step}, saved; {again} goes on from there")
     else:
         tqdm.write(f"done: {run.step} steps; look at {out / 'samples' / f'step_{run.step:07d}.png'}")
     return out
@@ -232,13 +249,15 @@ class _Run:
     """A run in progress: where it stands, and what it leaves in its folder."""
 
     def __init__(self, config, trainer, data, out, state):
-        state = state or {}
         self.config, self.trainer, self.data, self.out = config, trainer, data, out
-        self.step = state.get("step", 0)
-        self.images_seen = state.get("images_seen", 0)
-        self.elapsed_seconds = state.get("elapsed_seconds", 0.0)
-        self.pending = state.get("pending_metrics", [])  # a dict for each step since the last log, read only then
-        self.num_images_before = state.get("num_images", len(data.images))
+        self.step = self.images_seen = 0
+        self.elapsed_seconds = 0.0
+        self.pending = []  # the metrics of each step since the last log, read only then
+        self.num_images_before = len(data.images)
+        if state:
+            self.step, self.images_seen, self.elapsed_seconds = (
+                state[name] for name in ("step", "images_seen", "elapsed_seconds"))
+            self.pending, self.num_images_before = state["pending_metrics"], state["num_images"]
         self.images_per_step = config.batch_size * config.critic_steps
         self.total_steps = (config.steps if config.epochs is None
                             else math.ceil(config.epochs * len(data.images) / self.images_per_step))
@@ -263,6 +282,7 @@ class _Run:
 
     def open(self):
         """Makes the run folder ready and starts the clock."""
+        remove_leftovers(self.out / "checkpoints")
         prepare_run_folder(self.out, dataclasses.asdict(self.config), step=self.step,
                            bytes_needed=self.trainer.state_bytes() * (self.config.keep_checkpoints + 1))
         seed = self.config.seed
@@ -340,7 +360,7 @@ class _Run:
         """Writes a checkpoint, unless something in it is not finite."""
         self._mean_metrics()
         state = self.trainer.state()
-        if not all(tensor.isfinite().all() for tensor in _tensors(state)):
+        if not _all_finite(state):
             raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
         save_checkpoint(self.out / "checkpoints", self.step, {
             "images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
@@ -350,22 +370,31 @@ class _Run:
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a request to finish the step, save and leave; a second one leaves at once."""
+    """Turns Ctrl-C and SIGTERM into a request to finish the step, save and leave; a second one leaves at once.
+
+    Handles the signals only inside its own `with`.
+    """
 
     def __init__(self):
         self.received = None
         self._deferred = False
 
-    def install(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     @contextlib.contextmanager
     def deferred(self):
         """Within this context a signal is only noted; outside it ends what is being prepared."""
         self._deferred = True
-        yield
-        self._deferred = False
+        try:
+            yield
+        finally:
+            self._deferred = False
 
     def _handle(self, number, frame):
         if self.received:
@@ -402,8 +431,11 @@ def _find_run(config):
     name = "demo" if config.demo else pathlib.Path(config.data).name
     out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=config.fresh)
     state = load_newest(out / "checkpoints", report=tqdm.write)
-    if state is None and config.resume:
-        state = load_checkpoint(config.resume)
+    if config.resume:
+        if state is None:
+            state = load_checkpoint(config.resume)
+        elif state["config"]["resume"] != config.resume:
+            raise RunFolderError(f"--resume: {out} already holds a run; name a new folder with --out")
     return out, state
 
 
@@ -411,7 +443,7 @@ def _settle(config, state, device):
     """Returns the config with its precision chosen, once for a run; refuses another model, reports other changes."""
     if state:
         saved = state["config"]
-        faults = [f"{configuration.option_name(name)}: this run has {saved[name]}, got {value}; --fresh starts another run"
+        faults = [f"{configuration.option_name(name)}: this run has {saved[name]}, got {value}; --out names another folder"
                   for name, value in config.model_arguments().items() if saved[name] != value]
         if faults:
             raise CheckpointError("\n".join(faults))
@@ -427,25 +459,26 @@ def _settle(config, state, device):
     return config
 
 
-def _tensors(value):
+def _all_finite(value):
+    """Whether every tensor in nested dicts and lists is finite."""
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner)
+        return bool(value.isfinite().all())
+    if isinstance(value, dict | list):
+        return all(map(_all_finite, value.values() if isinstance(value, dict) else value))
+    return True
 
 
 def main(arguments=None):
     config = configuration.from_command_line(arguments)
-    interrupt = Interrupt()
-    interrupt.install()
-    try:
-        train(config, interrupt=interrupt)
-    except (TrainingError, RunFolderError, DataError, CheckpointError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped while preparing; nothing was left half done", file=sys.stderr)
+    _keep_freed_memory()
+    with Interrupt() as interrupt:
+        try:
+            train(config, interrupt=interrupt)
+        except (TrainingError, RunFolderError, DataError, CheckpointError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped while preparing; nothing was left half done", file=sys.stderr)
     return 128 + interrupt.received if interrupt.received else 0
 
 

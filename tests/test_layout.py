@@ -7,7 +7,6 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-OUTSIDE = {"torch", "torchvision", "PIL", "tqdm"}
 MAY_IMPORT = {
     "config": set(),
     "synthetic_video": {"torch"},

@@ -114,6 +114,11 @@ def test_penalty_is_taken_at_one_uniform_point_between_real_and_fake_for_each_sa
     assert (seen[1] == 0.75).all()
 
 
+def test_mixing_weights_of_pixels_instead_of_samples_are_refused():
+    with pytest.raises(ValueError, match=r"expected mixing weights of shape \(5, 1, 1, 1\), got \(8,\)"):
+        gradient_penalty(Smooth(), *pair(), mixing=torch.rand(8))
+
+
 def test_penalty_norm_is_taken_in_float32_for_a_half_precision_critic():
     real, fake = pair(torch.bfloat16)
     assert gradient_penalty(Linear(1, torch.bfloat16), real, fake).dtype == torch.float32

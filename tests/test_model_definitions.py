@@ -191,6 +191,15 @@ def test_output_is_float32_under_autocast_and_near_that_without():
     assert (half - exact).abs().mean() < 0.004
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_work_in_another_precision(dtype):
+    vae, images = VAE(image_size=32, base_channels=4, latent_dim=4).to(dtype), torch.rand(2, 3, 32, 32, dtype=dtype)
+    assert vae.sample(2).isfinite().all()
+    assert vae(images)[0].shape == images.shape
+    assert CNNParamTanh(image_size=32).to(dtype)(images).isfinite().all()
+    assert Discriminator(image_size=32, base_channels=4).to(dtype)(images).dtype == dtype
+
+
 def test_impossible_arguments_are_refused_with_what_would_do():
     with pytest.raises(ValueError, match="image_size must be one of 32, 64, 128, 256, got 100"):
         VAE(image_size=100)
@@ -208,6 +217,8 @@ def test_wrong_shapes_are_refused_with_the_shape_and_what_was_expected():
     critic = Discriminator(image_size=32, base_channels=4)
     with pytest.raises(ValueError, match=r"expected images of shape \(N, 3, 32, 32\), got \(3, 32, 32\)"):
         critic(torch.rand(3, 32, 32))
+    with pytest.raises(ValueError, match=r"expected images of shape \(N, 3, 32, 32\), got \(1, 3, 64, 64\)"):
+        critic.input_gradient(torch.rand(1, 3, 64, 64))
     vae = VAE(image_size=32, base_channels=4, latent_dim=4)
     with pytest.raises(ValueError, match=r"expected z of shape \(N, 4\), got \(2, 5\)"):
         vae.decode(torch.rand(2, 5))

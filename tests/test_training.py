@@ -18,6 +18,7 @@ import training
 from augmentation import RANDOM_NUMBERS
 from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from config import Config
+from losses import combined_wasserstein_loss
 from model_definitions import VAE
 from run_folder import RunFolderError
 
@@ -92,6 +93,15 @@ def test_the_average_moves_part_of_the_way(images):
     trainer.generator_update(*generator_arguments(images))
     assert torch.allclose(trainer.averaged.mu.weight, (start + trainer.generator.mu.weight) / 2)
     assert not any(p.requires_grad for p in trainer.averaged.parameters())
+
+
+def test_the_critic_minimises_the_combined_wasserstein_loss(images):
+    trainer = tiny_trainer(gradient_penalty_weight=7.0)
+    real, z, mixing, transform = critic_arguments(images)
+    fake = trainer.generator.decode(z)
+    expected = combined_wasserstein_loss(trainer.critic, real, fake, weight=7.0, mixing=mixing)
+    found = trainer.critic_update(real, z, mixing, transform)["critic_loss"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_critic_learns_to_score_real_above_fake(images):
@@ -219,6 +229,9 @@ def test_a_changed_setting_is_reported_with_both_values(train_tiny, capfd):
     said = capfd.readouterr().out
     for name, old, new in (("batch-size", 4, 2), ("seed", 0, 3), ("critic-learning-rate", 0.0004, 0.001)):
         assert f"warning: --{name} was {old}, is {new} from here on" in said
+    groups = {name: newest(pathlib.Path("run"))[f"{name}_optimizer"]["param_groups"] for name in ("critic", "generator")}
+    assert groups["critic"][0]["lr"] == 1e-3
+    assert groups["generator"][0]["lr"] == 4e-4
 
 
 def test_a_changed_number_of_images_is_reported_with_both_counts(train_tiny, image_folder, capfd):
@@ -230,7 +243,7 @@ def test_a_changed_number_of_images_is_reported_with_both_counts(train_tiny, ima
 
 def test_another_model_is_refused_in_the_same_folder_and_numbered_where_none_is_named(train_tiny):
     train_tiny(steps=1, out="run")
-    with pytest.raises(CheckpointError, match="--latent-dim: this run has 8, got 9; --fresh"):
+    with pytest.raises(CheckpointError, match="--latent-dim: this run has 8, got 9; --out names another"):
         train_tiny(steps=1, out="run", latent_dim=9)
     assert train_tiny(steps=1) == pathlib.Path("runs/images")
     assert train_tiny(steps=1, latent_dim=9) == pathlib.Path("runs/images-2")
@@ -267,6 +280,7 @@ def test_no_room_for_the_checkpoints_is_said_before_training(train_tiny, monkeyp
     monkeypatch.setattr(training, "prepare_run_folder", lambda *a, bytes_needed, **k: real(*a, bytes_needed=1 << 60, **k))
     with pytest.raises(RunFolderError, match=r"--out: the checkpoints need [\d,]+ bytes in runs/images, [\d,]+ are free"):
         train_tiny(steps=1)
+    assert not pathlib.Path("runs").exists()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(train_tiny, capfd):
@@ -279,21 +293,34 @@ def test_a_damaged_newest_checkpoint_is_passed_over(train_tiny, capfd):
     assert metrics(straight) == metrics(run)
 
 
-@pytest.mark.parametrize("damage", ["key", "name", "shape"])
-def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(train_tiny, damage):
+@pytest.mark.parametrize(("damage", "named"), [
+    (lambda state: state.pop("critic"), "critic"),
+    (lambda state: state.pop("images_seen"), "images_seen"),
+    (lambda state: state["critic"].pop("score.weight"), "score.weight"),
+    (lambda state: state["critic"].update(other=torch.zeros(3)), "other"),
+    (lambda state: state["averaged"].update({"mu.bias": torch.zeros(3)}), "mu.bias"),
+    (lambda state: state["critic_optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "critic_optimizer, parameter 0"),
+    (lambda state: state["generator_optimizer"]["state"][1].pop("exp_avg_sq"), "generator_optimizer, parameter 1"),
+    (lambda state: state["generator"]["mu.bias"].fill_(float("nan")), "not finite"),
+])
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(train_tiny, damage, named):
     run = train_tiny(steps=1)
     path = list_checkpoints(run / "checkpoints")[0]
     state = load_checkpoint(path)
-    if damage == "key":
-        del state["critic"]
-    elif damage == "name":
-        state["critic"]["other"] = state["critic"].pop("score.weight")
-    else:
-        state["averaged"]["mu.bias"] = torch.zeros(3)
+    damage(state)
     torch.save(state, path)
-    with pytest.raises(CheckpointError, match="critic|score.weight|mu.bias") as caught:
-        train_tiny(steps=2)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        train_tiny(steps=2, out="other", resume=str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_resume_does_not_mix_two_runs(train_tiny):
+    checkpoint = str(list_checkpoints(train_tiny(steps=1) / "checkpoints")[0])
+    train_tiny(steps=2, out="branch", resume=checkpoint)
+    assert newest(train_tiny(steps=3, out="branch", resume=checkpoint))["step"] == 3
+    train_tiny(steps=1, out="another")
+    with pytest.raises(RunFolderError, match="--resume: another already holds a run"):
+        train_tiny(steps=3, out="another", resume=checkpoint)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train_tiny, monkeypatch):
@@ -328,6 +355,11 @@ def test_all_of_a_batch_is_drawn_from_the_seed_the_purpose_and_the_step(train_ti
 def command(*arguments, **options):
     return subprocess.run([sys.executable, "-W", "error::DeprecationWarning", ROOT / "training.py", *map(str, arguments)],
                           capture_output=True, text=True, check=False, **options)
+
+
+def started(*arguments):
+    return subprocess.Popen([sys.executable, ROOT / "training.py", *map(str, arguments)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
 
 
 def tiny_arguments(**settings):
@@ -371,13 +403,12 @@ def test_a_refusal_is_one_line_and_status_2(image_folder, arguments, said):
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_leaves_and_the_run_goes_on(image_folder, train_tiny, number, status):
-    arguments = ["--data", image_folder, *tiny_arguments(log_every=1)]
-    process = subprocess.Popen([sys.executable, ROOT / "training.py", *map(str, arguments), "--steps", "100000"], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = started("--data", image_folder, *tiny_arguments(log_every=1, steps=100_000))
     run = pathlib.Path("runs/images")
     deadline = time.monotonic() + 60
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert (run / "metrics.jsonl").exists()
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == status
@@ -389,11 +420,34 @@ def test_a_signal_finishes_the_step_saves_and_leaves_and_the_run_goes_on(image_f
     assert_same(newest(train_tiny(steps=steps, log_every=1)), newest(train_tiny(steps=steps, log_every=1, out="straight")))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_images_are_decoded_leaves_no_torn_cache(tmp_path, number, status):
+    (tmp_path / "many").mkdir()
+    Image.effect_noise((2000, 2000), 90).save(tmp_path / "many" / "0.png")
+    for index in range(1, 60):
+        os.link(tmp_path / "many" / "0.png", tmp_path / "many" / f"{index}.png")
+    process = started("--data", "many", *tiny_arguments())
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cache/*.tmp")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert (out, err) == ("", "stopped while preparing; nothing was left half done\n")
+    assert not list(tmp_path.glob("cache/*"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_gives_signals_back(image_folder):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert training.main(["--data", str(image_folder), *map(str, tiny_arguments(steps=1))]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_second_signal_leaves_at_once():
     code = ("import os, signal, training\n"
-            "interrupt = training.Interrupt()\n"
-            "interrupt.install()\n"
-            "with interrupt.deferred():\n"
+            "with training.Interrupt() as interrupt, interrupt.deferred():\n"
             "    os.kill(os.getpid(), signal.SIGINT)\n"
             "    assert interrupt.received\n"
             "    os.kill(os.getpid(), signal.SIGINT)\n"

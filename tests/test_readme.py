@@ -1,0 +1,65 @@
+"""What README.md tells people to type does what it says."""
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+
+import training
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+TINY_OPTIONS = [part for name, value in TINY.items() for part in ("--" + name.replace("_", "-"), str(value))]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_training_commands_work(image_folder):
+    commands = [shlex.split(line)[2:] for block in blocks("bash") for line in block.splitlines()
+                if line.startswith(".venv/bin/python training.py")]
+    assert commands
+    for arguments in commands:
+        assert training.main([*arguments, *TINY_OPTIONS, "--steps", "2"]) == 0
+    tree = re.search(r"```\nruns/images/\n(.*?)```", README, flags=re.DOTALL)[1]
+    assert {path.name for path in pathlib.Path("runs/images").iterdir()} == set(re.findall(r"(?m)^  ([\w.]+)", tree))
+
+
+def test_notebook_lines_work(train_tiny):
+    train_tiny(steps=2, out="runs/demo")
+    first, second = blocks("python")
+    namespace = runpy.run_path(_written(first))
+    decoder = nn.Sequential(nn.Linear(5, 3 * 64 * 64), nn.Sigmoid(), nn.Unflatten(1, (3, 64, 64)))
+    namespace |= runpy.run_path(_written(second), init_globals={**namespace, "decoder": decoder})
+    assert namespace["after"].shape == namespace["images"].shape == (8, 3, 32, 32)
+    assert namespace["model"](torch.rand(2, 5)).shape == (2, 3, 64, 64)
+
+
+def _written(code):
+    pathlib.Path("cell.py").write_text(code)
+    return "cell.py"
+
+
+def test_files_and_options_that_it_names_exist():
+    for name in re.findall(r"`(\w+\.py|tests/\w+\.py|docs/\w+\.\w+)`|\]\((docs/[\w.]+)\)", README):
+        assert (ROOT / next(filter(None, name))).exists(), name
+    options = set(re.findall(r"(--[a-z][a-z-]+)", README))
+    known = set(re.findall(r"(--[a-z][a-z-]+)", training.configuration.parser().format_help()))
+    assert options <= known
+
+
+@pytest.mark.nightly
+def test_both_set_up_commands_work_in_a_fresh_clone(tmp_path):
+    subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"], check=True)
+    demo, tests = (block for block in blocks("bash") if "-m venv" in block)
+    done = subprocess.run(["bash", "-ec", demo.strip() + " --steps 20"], cwd=tmp_path / "clone", check=True,
+                          capture_output=True, text=True)
+    assert "done: 20 steps" in done.stdout
+    done = subprocess.run(["bash", "-ec", tests], cwd=tmp_path / "clone", check=True, capture_output=True, text=True)
+    assert re.search(r"\d+ passed", done.stdout)
