@@ -51,8 +51,8 @@ def save_checkpoint(folder, step, state, *, keep):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    older = [old for old in list_checkpoints(folder) if _order(old) < _order(path)]
-    for old in older[:len(older) - keep + 1]:
+    up_to_this = [other for other in list_checkpoints(folder) if _order(other) <= _order(path)]
+    for old in up_to_this[:-keep]:  # a later one was passed over as damaged, and must not push this one out
         old.unlink()
     return path
 
