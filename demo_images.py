@@ -41,14 +41,13 @@ def draw_demo_images(folder, num_images=3_000, *, seed=0):
 
 
 def draw_shape(shape, rng):
-    """Returns one picture: a shape of some colour, size, place and angle, on a background of another colour."""
+    """Returns one picture: a shape of some colour, size, place and angle, on a pale background of another colour."""
     side = SIZE * FINE
     hue = rng.random()
-    light, strong = _colour(rng, hue, 0.15, 0.9), _colour(rng, hue + rng.uniform(0.25, 0.75), 0.8, 0.85)
-    background, ink = (light, strong) if rng.random() < 0.7 else (strong, light)
-    image = Image.new("RGB", (side, side), background)
+    image = Image.new("RGB", (side, side), _colour(rng, hue, 0.15, 0.9))
+    ink = _colour(rng, hue + rng.uniform(0.25, 0.75), 0.8, 0.85)
     centre = [side * rng.uniform(0.45, 0.55) for _ in range(2)]
-    _draw(ImageDraw.Draw(image), shape, centre, side * rng.uniform(0.28, 0.38), rng.uniform(-0.2, 0.2), ink)
+    _draw(ImageDraw.Draw(image), shape, centre, side * rng.uniform(0.3, 0.4), rng.uniform(-0.15, 0.15), ink)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

@@ -47,8 +47,8 @@ def _written(code):
 
 
 def test_files_and_options_that_it_names_exist():
-    for name in re.findall(r"`(\w+\.py|tests/\w+\.py|docs/\w+\.\w+)`|\]\((docs/[\w.]+)\)", README):
-        assert (ROOT / next(filter(None, name))).exists(), name
+    for name in re.findall(r"`((?:tests/)?\w+\.py)`|(docs/\w+\.\w+)", README):
+        assert (ROOT / "".join(name)).exists(), name
     options = set(re.findall(r"(--[a-z][a-z-]+)", README))
     known = set(re.findall(r"(--[a-z][a-z-]+)", training.configuration.parser().format_help()))
     assert options <= known
