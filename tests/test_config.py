@@ -38,6 +38,8 @@ def test_all_faults_are_reported_at_once_and_by_option_name(capsys):
     (["--data", "x", "--image-size", "100"], "--image-size: must be one of 32, 64, 128, 256, got 100"),
     (["--data", "x", "--image-size", "32", "--alpha-grid", "64"], "--alpha-grid: must be at most --image-size (32), got 64"),
     (["--data", "x", "--critic-learning-rate", "inf"], "--critic-learning-rate: must be above 0, got inf"),
+    (["--data", "x", "--kl-weight", "inf"], "--kl-weight: must be at least 0, got inf"),
+    (["--data", ""], "--data: name a folder of images, or use --demo; one of the two"),
     (["--data", "x", "--epochs", "0"], "--epochs: must be above 0, got 0.0"),
     (["--data", "x", "--resume", "y", "--fresh"], "--fresh: starts from nothing, so it does not go with --resume"),
 ])

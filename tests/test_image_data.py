@@ -101,8 +101,9 @@ def break_files(folder):
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "page.png").write_text("<html>not found</html>")
     (folder / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    Image.new("RGB", (8, 8)).save(folder / "paint.png", format="PCX")  # Pillow could read it; only common formats are
     (folder / "link.png").symlink_to("nowhere.png")
-    return ["cut.png", "drawing.png", "empty.jpg", "link.png", "page.png"]
+    return ["cut.png", "drawing.png", "empty.jpg", "link.png", "page.png", "paint.png"]
 
 
 def test_broken_files_are_all_named_with_the_reason_and_no_cache_is_left(tmp_path):
@@ -110,7 +111,7 @@ def test_broken_files_are_all_named_with_the_reason_and_no_cache_is_left(tmp_pat
     with pytest.raises(DataError) as caught:
         load_images(tmp_path / "set", 32, cache_dir=tmp_path / "cache")
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("5 of 6 images in")
+    assert lines[0].startswith("6 of 7 images in")
     assert [line.split(":")[0].strip() for line in lines[1:]] == broken
     assert all(len(line.split(":", 1)[1]) > 5 for line in lines[1:])
     assert not list((tmp_path / "cache").iterdir())

@@ -439,6 +439,16 @@ def test_a_signal_while_images_are_decoded_leaves_no_torn_cache(tmp_path, number
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_signal_is_noted_while_deferred_and_raised_otherwise():
+    with training.Interrupt() as interrupt:
+        with interrupt.deferred():
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupt.received == signal.SIGTERM
+        interrupt.received = None
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_the_command_gives_signals_back(image_folder):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert training.main(["--data", str(image_folder), *map(str, tiny_arguments(steps=1))]) == 0
