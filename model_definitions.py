@@ -6,6 +6,7 @@ Images are float (N, C, H, W) in [0, 1]; videos are float (N, T, C, H, W) in [0,
 
 No batch normalization anywhere: the gradient penalty is a property of each sample on its own.
 """
+import itertools
 import math
 from typing import NamedTuple
 
@@ -97,10 +98,23 @@ class CNN(nn.Module):
         _check_shape("video", features, self.input_shape)
         # Both layers are divided by the square root of their fan-in. An optimizer like Adam moves every weight alike, and
         # the frames are alike too: undivided, one step would change all features, and so alpha, at once and by much.
-        features = self.pool(self.conv(features)).relu().flatten(1)  # pooling first: same result, less work
+        features = self.pool(self._convolve(features)).relu().flatten(1)  # pooling first: same result, less work
         features = features / math.sqrt(9 * self.conv.in_channels)
         grid = self.linear(features) / math.sqrt(self.linear.in_features)
         return self.alpha_map(grid.unflatten(1, (self.alpha_grid, self.alpha_grid)))
+
+    def _convolve(self, features):
+        """Returns self.conv(features): one matrix product for the 9 taps of both filters, which are then shifted and summed.
+
+        Convolution routines are made for more than two filters; on a CPU this takes a third of their time.
+        """
+        taps = self.conv.weight.permute(2, 3, 0, 1).flatten(0, 2)
+        maps = torch.bmm(taps.expand(len(features), *taps.shape), features.flatten(2))
+        maps = maps.view(len(features), 9, CNN_FILTERS, *features.shape[2:])
+        shifts = itertools.product((1, 0, -1), repeat=2)
+        total = sum(F.pad(tap, (right, -right, down, -down))
+                    for tap, (down, right) in zip(_at_least_float32(maps).unbind(1), shifts, strict=True))
+        return (total + self.conv.bias.view(-1, 1, 1)).to(maps.dtype)
 
 
 class CNNParamTanh(nn.Module):
@@ -288,10 +302,10 @@ class Discriminator(nn.Module):
             for convolution in convolutions:
                 pooled, indices = F.max_pool2d(convolution(features), 2, return_indices=True)
                 features = pooled.relu()
-                path.append((indices, pooled > 0))
+                path.append(F.max_unpool2d((pooled > 0).to(pooled.dtype), indices, 2))
         gradient = self.score.weight.view(1, *features.shape[1:]).expand_as(features)
-        for convolution, (indices, positive) in zip(reversed(convolutions), reversed(path), strict=True):
-            gradient = F.max_unpool2d(gradient * positive, indices, 2)
+        for convolution, passed in zip(reversed(convolutions), reversed(path), strict=True):
+            gradient = F.interpolate(gradient, scale_factor=2) * passed
             gradient = F.conv_transpose2d(gradient, convolution.weight, padding=1)
         return 2 * gradient
 

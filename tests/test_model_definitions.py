@@ -200,6 +200,13 @@ def test_networks_work_in_another_precision(dtype):
     assert Discriminator(image_size=32, base_channels=4).to(dtype)(images).dtype == dtype
 
 
+def test_the_cnn_sees_what_its_convolution_says():
+    cnn = CNN(image_size=32, num_frames=3).double()
+    torch.nn.init.normal_(cnn.conv.bias)
+    video = torch.rand(2, 9, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(cnn._convolve(video), cnn.conv(video))
+
+
 def test_impossible_arguments_are_refused_with_what_would_do():
     with pytest.raises(ValueError, match="image_size must be one of 32, 64, 128, 256, got 100"):
         VAE(image_size=100)
