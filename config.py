@@ -35,6 +35,8 @@ class Config:
     device: str = _option("auto", "run", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = _option("auto", "run", "of convolutions and matrix products; auto: bfloat16 where the device is fast "
                                             "at it", choices=("auto", "float32", "bfloat16"))
+    compile: str = _option("auto", "run", "auto: on CUDA, each update as one captured graph; on: torch.compile as well, "
+                                          "which takes a minute or two to start", choices=("auto", "on", "off"))
 
     latent_dim: int = _option(128, "model", "size of the latent vector", metavar="Z", least=1)
     base_channels: int = _option(32, "model", "width of the largest maps; deeper ones are up to 8 times wider",

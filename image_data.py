@@ -3,6 +3,7 @@
 Every image is decoded once, into a memory-mapped file of uint8 pixels; training only ever indexes that.
 uint8 exists only here and where pictures are written.
 """
+import functools
 import hashlib
 import json
 import os
@@ -193,11 +194,15 @@ def batch_indices(num_images, position, batch_size, *, seed):
     parts = []
     while batch_size > 0:
         epoch, start = divmod(position, num_images)
-        order = torch.randperm(num_images, generator=random_generator(seed, "order", epoch))
-        parts.append(order[start:start + batch_size])
+        parts.append(_epoch_order(num_images, seed, epoch)[start:start + batch_size])
         position += len(parts[-1])
         batch_size -= len(parts[-1])
     return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=1)
+def _epoch_order(num_images, seed, epoch):
+    return torch.randperm(num_images, generator=random_generator(seed, "order", epoch))
 
 
 def random_generator(*key):
@@ -206,6 +211,20 @@ def random_generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def to_float(images, device):
-    """Returns uint8 images as float32 in [0, 1] on a device."""
-    return images.to(device, non_blocking=True).float() / 255
+def take(images, indices, device):
+    """Returns the chosen ones of uint8 images as float32 in [0, 1] on a device."""
+    return to_device(images[to_device(indices, images.device)], device).float() / 255
+
+
+def to_device(tensor, device):
+    """Returns the tensor on a device; to a GPU through pinned memory, so that nothing waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def to_device_where_it_fits(images, device):
+    """Returns uint8 images on the GPU where they take at most half of its free memory, else as they are."""
+    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
+        return images.to(device)
+    return images

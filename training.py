@@ -19,10 +19,20 @@ import torch
 from tqdm import tqdm
 
 import config as configuration
+import parallel
+from acceleration import CapturedUpdate, accelerate
 from augmentation import RANDOM_NUMBERS, augment
 from checkpointing import CheckpointError, load_checkpoint, load_newest, remove_leftovers, save_checkpoint
 from demo_images import draw_demo_images
-from image_data import DataError, batch_indices, load_images, random_generator, to_float
+from image_data import (
+    DataError,
+    batch_indices,
+    load_images,
+    random_generator,
+    take,
+    to_device,
+    to_device_where_it_fits,
+)
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
 from run_folder import RunFolderError, append_metrics, choose_run_folder, prepare_run_folder, save_grid
@@ -57,7 +67,12 @@ class Trainer:
         self.generator_optimizer = _adam(self.generator, config.generator_learning_rate)
 
     def critic_update(self, real, z, mixing, transform):
-        """Moves the critic once; returns its metrics, detached.
+        """Moves the critic once; returns its metrics, detached. Arguments as in critic_losses."""
+        metrics, norm = _optimize(self.critic_optimizer, *self.critic_losses(real, z, mixing, transform))
+        return metrics | {"critic_gradient_norm": norm}
+
+    def critic_losses(self, real, z, mixing, transform):
+        """Returns what the critic minimises, and its metrics.
 
         Args:
             real: (N, C, H, W) in [0, 1].
@@ -72,20 +87,31 @@ class Trainer:
             distance = -critic_loss(*self.critic(torch.cat([real, fake])).float().chunk(2))
             penalty = gradient_penalty(self.critic, real, fake, mixing=mixing)
             loss = self.config.gradient_penalty_weight * penalty - distance
-        gradient_norm = _optimize(self.critic_optimizer, loss)
-        return _detached(critic_loss=loss, wasserstein_distance=distance, gradient_penalty=penalty,
-                         critic_gradient_norm=gradient_norm)
+        return loss, {"critic_loss": loss, "wasserstein_distance": distance, "gradient_penalty": penalty}
 
     def generator_update(self, real, z, noise, transform, ema_weight):
         """Moves the VAE, its CNN and its layer once, then their average; returns their metrics, detached.
 
         Args:
-            real, z, transform: as in critic_update.
+            real, z, noise, transform: as in generator_losses.
+            ema_weight: a scalar tensor, how far the averaged weights move towards the new ones, in [0, 1].
+        """
+        self.critic.requires_grad_(False)
+        metrics, norm = _optimize(self.generator_optimizer, *self.generator_losses(real, z, noise, transform))
+        self.critic.requires_grad_(True)
+        with torch.no_grad():
+            for average, new in zip(self.averaged.parameters(), self.generator.parameters(), strict=True):
+                average.lerp_(new, ema_weight)
+        return metrics | {"generator_gradient_norm": norm}
+
+    def generator_losses(self, real, z, noise, transform):
+        """Returns what the VAE minimises, and its metrics.
+
+        Args:
+            real, z, transform: as in critic_losses.
             noise: (N, Z) standard normal, for the latent vectors of the real images.
-            ema_weight: how far the averaged weights move towards the new ones, in [0, 1].
         """
         weights = self.config.reconstruction_weight, self.config.kl_weight
-        self.critic.requires_grad_(False)
         with self._autocast():
             if any(weights):
                 mu, logvar = self.generator.encode(real)
@@ -100,12 +126,22 @@ class Trainer:
                 loss = loss + weights[0] * metrics["reconstruction"] + weights[1] * metrics["kl_divergence"]
         if decoded.alpha is not None:
             metrics["alpha"] = decoded.alpha.mean()
-        metrics["generator_gradient_norm"] = _optimize(self.generator_optimizer, loss)
-        self.critic.requires_grad_(True)
-        with torch.no_grad():
-            for average, new in zip(self.averaged.parameters(), self.generator.parameters(), strict=True):
-                average.lerp_(new, ema_weight)
-        return _detached(**metrics)
+        return loss, metrics
+
+    def tensors(self):
+        """Returns all that the updates change, to be read or overwritten in place."""
+        networks = self.generator, self.critic, self.averaged
+        states = [state for optimizer in self._optimizers() for state in optimizer.state.values()]
+        return ([parameter.detach() for network in networks for parameter in network.parameters()]
+                + [value for state in states for value in state.values()])
+
+    def gradients(self):
+        """Returns the gradient of the last update of each network, as a vector: Adam's first moment, as its beta is 0."""
+        return [torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
+                for optimizer in self._optimizers()]
+
+    def _optimizers(self):
+        return self.generator_optimizer, self.critic_optimizer
 
     def state(self):
         return {name: getattr(self, name).state_dict() for name in SAVED_PARTS}
@@ -149,22 +185,33 @@ class Trainer:
 
 
 def _adam(network, learning_rate):
-    return torch.optim.Adam(network.parameters(), lr=learning_rate, betas=ADAM_BETAS, fused=True)
+    """Returns an Adam whose moments exist from the start, not from the first step on."""
+    parameters = list(network.parameters())
+    on_cuda = parameters[0].is_cuda
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=ADAM_BETAS, fused=True, capturable=on_cuda)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # along no gradient, so nothing moves
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    return optimizer
 
 
-def _optimize(optimizer, loss):
-    """One step down the loss; returns the norm of the gradient. Where either is not finite, no weight moves."""
+def _optimize(optimizer, loss, metrics):
+    """One step down the loss; returns the metrics and the norm of the gradient, detached, as means over all processes.
+
+    Where the loss or the norm is not finite, no weight moves.
+    """
     optimizer.zero_grad()
     loss.backward()
     gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    values = torch.stack([loss, *metrics.values()]).detach()
+    parallel.average_([*gradients, values])
     norm = torch.nn.utils.get_total_norm(gradients)
-    optimizer.found_inf = (~torch.isfinite(norm + loss.detach())).float()  # fused Adam skips its step, on the device
+    optimizer.found_inf = (~torch.isfinite(norm + values[0])).float()  # fused Adam skips its step, on the device
     optimizer.step()
-    return norm
-
-
-def _detached(**metrics):
-    return {name: value.detach() for name, value in metrics.items()}
+    return dict(zip(metrics, values[1:].unbind(), strict=True)), norm
 
 
 def train(config, *, interrupt=None):
@@ -182,67 +229,99 @@ def train(config, *, interrupt=None):
     config.check()
     interrupt = interrupt or Interrupt()
     device = _pick_device(config.device)
-    data_folder = draw_demo_images(DEMO_FOLDER) if config.demo else pathlib.Path(config.data).expanduser()
-    config = dataclasses.replace(config, data=str(data_folder.resolve()))
-    out, state = _find_run(config)
-    config = _settle(config, state, device)
-    data = load_images(config.data, config.image_size, cache_dir=config.cache_dir)
-    trainer = Trainer(config, device)
-    if state:
-        trainer.load_state(state)
+    parallel.start(device)
+    if config.batch_size % parallel.world_size():
+        raise TrainingError(f"--batch-size: must be a multiple of {parallel.world_size()}, the number of processes, "
+                            f"got {config.batch_size}")
+    with parallel.lead_first():
+        data_folder = draw_demo_images(DEMO_FOLDER) if config.demo else pathlib.Path(config.data).expanduser()
+        config = dataclasses.replace(config, data=str(data_folder.resolve()))
+        out, state = _find_run(config)
+        config = _settle(config, state, device)
+        data = load_images(config.data, config.image_size, cache_dir=config.cache_dir)
+        trainer = Trainer(config, device)
+        if state:
+            trainer.load_state(state)
+    parallel.broadcast_(trainer.tensors())
     run = _Run(config, trainer, data, out, state)
     run.describe()
+    images = to_device_where_it_fits(data.images, device)
+    _accelerate(trainer, images)
     if config.dry_run:
-        metrics = _train_step(trainer, data.images, run.step, run.images_seen)
-        tqdm.write("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
+        metrics = _train_step(trainer, images, run.step, run.images_seen)
+        _say("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
         return out
     if run.step >= run.total_steps:
-        tqdm.write(f"{out} has all of its {run.step} steps: nothing is left to do. A larger --steps goes on from here")
+        _say(f"{out} has all of its {run.step} steps: nothing is left to do. A larger --steps goes on from here")
         return out
     run.open()
     with interrupt.deferred(), run.progress:
-        if run.step == 0:
+        if run.step == 0 and run.leads:
             run.draw_samples()
-        while run.step < run.total_steps and not interrupt.received:
-            run.record(_train_step(trainer, data.images, run.step, run.images_seen))
-            if run.step % config.log_every == 0:
-                run.log()
-            if run.step % config.checkpoint_every == 0:
-                run.save()
-            if run.step % config.sample_every == 0:
-                run.draw_samples()
-        if run.step % config.checkpoint_every:
-            run.save()
-        if run.step % config.sample_every:
-            run.draw_samples()
+        while run.step < run.total_steps and not parallel.any_of(bool(interrupt.received)):
+            run.record(_train_step(trainer, images, run.step, run.images_seen))
+            run.write_what_is_due()
+        run.write_what_is_due(ending=True)
+    parallel.stop()
     if run.step < run.total_steps:
         again = "the same command without --fresh" if config.fresh else "the same command"
-        tqdm.write(f"stopped after step {run.step}, saved; {again} goes on from there")
+        _say(f"stopped after step {run.step}, saved; {again} goes on from there")
     else:
-        tqdm.write(f"done: {run.step} steps; look at {out / 'samples' / f'step_{run.step:07d}.png'}")
+        _say(f"done: {run.step} steps; look at {out / 'samples' / f'step_{run.step:07d}.png'}")
     return out
 
 
 def _train_step(trainer, images, step, images_seen):
     """One generator update with its critic updates; returns their metrics, on the device."""
-    config, device = trainer.config, trainer.device
-    n, z = config.batch_size, config.latent_dim
+    config = trainer.config
     critic_metrics = []
     for update in range(config.critic_steps):
-        real = to_float(images[batch_indices(len(images), images_seen, n, seed=config.seed)], device)
-        images_seen += n
-        draw = random_generator(config.seed, "critic", step, update)
-        drawn = (torch.randn(n, z, generator=draw), torch.rand(n, 1, 1, 1, generator=draw),
-                 torch.rand(n, RANDOM_NUMBERS, generator=draw))
-        critic_metrics.append(trainer.critic_update(real, *(tensor.to(device) for tensor in drawn)))
-    draw = random_generator(config.seed, "generator", step)
-    drawn = (torch.randn(n, z, generator=draw), torch.randn(n, z, generator=draw),
-             torch.rand(n, RANDOM_NUMBERS, generator=draw))
-    half_life = min(config.ema_half_life_images, EMA_RAMP * images_seen)
-    ema_weight = 1 - 0.5 ** (n * config.critic_steps / half_life)
-    metrics = trainer.generator_update(real, *(tensor.to(device) for tensor in drawn), ema_weight)
+        batch = _critic_batch(trainer, images, step, update, images_seen)
+        critic_metrics.append(trainer.critic_update(*batch))
+        images_seen += config.batch_size
+    metrics = trainer.generator_update(*_generator_batch(trainer, batch[0], step, images_seen))
     means = {name: torch.stack([one[name] for one in critic_metrics]).mean() for name in critic_metrics[0]}
     return means | metrics
+
+
+def _critic_batch(trainer, images, step, update, images_seen):
+    """This process's arguments of Trainer.critic_update."""
+    config, n = trainer.config, trainer.config.batch_size
+    indices = batch_indices(len(images), images_seen, n, seed=config.seed)
+    draw = random_generator(config.seed, "critic", step, update)
+    drawn = (torch.randn(n, config.latent_dim, generator=draw), torch.rand(n, 1, 1, 1, generator=draw),
+             torch.rand(n, RANDOM_NUMBERS, generator=draw))
+    return (take(images, parallel.own_part(indices), trainer.device),
+            *(to_device(parallel.own_part(tensor), trainer.device) for tensor in drawn))
+
+
+def _generator_batch(trainer, real, step, images_seen):
+    """This process's arguments of Trainer.generator_update; `real` are the images of the critic's last one."""
+    config, n = trainer.config, trainer.config.batch_size
+    draw = random_generator(config.seed, "generator", step)
+    drawn = (torch.randn(n, config.latent_dim, generator=draw), torch.randn(n, config.latent_dim, generator=draw),
+             torch.rand(n, RANDOM_NUMBERS, generator=draw))
+    half_life = min(config.ema_half_life_images, EMA_RAMP * images_seen)
+    ema_weight = torch.tensor(1 - 0.5 ** (n * config.critic_steps / half_life))
+    return (real, *(to_device(parallel.own_part(tensor), trainer.device) for tensor in drawn),
+            to_device(ema_weight, trainer.device))
+
+
+def _accelerate(trainer, images):
+    """Runs the updates as --compile says, where that gives the same results."""
+    compiled = trainer.config.compile == "on"
+    # Collective operations have not been tried in a capture.
+    captured = trainer.config.compile != "off" and trainer.device.type == "cuda" and parallel.world_size() == 1
+    if compiled or captured:
+        critic_batch = _critic_batch(trainer, images, 0, 0, 0)
+        generator_batch = _generator_batch(trainer, critic_batch[0], 0, trainer.config.batch_size)
+        batches = {"critic": critic_batch, "generator": generator_batch}
+        accelerate(trainer, batches, compiled=compiled, capture=CapturedUpdate if captured else None, report=_say)
+
+
+def _say(text):
+    if parallel.rank() == 0:
+        tqdm.write(text)
 
 
 class _Run:
@@ -250,6 +329,7 @@ class _Run:
 
     def __init__(self, config, trainer, data, out, state):
         self.config, self.trainer, self.data, self.out = config, trainer, data, out
+        self.leads = parallel.rank() == 0
         self.step = self.images_seen = 0
         self.elapsed_seconds = 0.0
         self.pending = []  # the metrics of each step since the last log, read only then
@@ -266,31 +346,33 @@ class _Run:
         config, data = self.config, self.data
         generator, critic = self.trainer.num_parameters()
         classes = f" in {len(data.class_counts)} classes" if len(data.class_counts) > 1 else ""
-        tqdm.write(f"data    {data.folder}: {len(data.images)} images{classes}, {config.image_size} px\n"
+        _say(f"data    {data.folder}: {len(data.images)} images{classes}, {config.image_size} px\n"
                    f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
                    f"{config.precision} on {self.trainer.device}\n"
                    f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
         if len(data.images) != self.num_images_before:
-            tqdm.write(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
+            _say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
         if len(data.images) < config.batch_size:
-            tqdm.write(f"warning: fewer images than --batch-size {config.batch_size}: batches hold some of them repeatedly")
+            _say(f"warning: fewer images than --batch-size {config.batch_size}: batches hold some of them repeatedly")
         if config.dry_run:
             for name, value in dataclasses.asdict(config).items():
-                tqdm.write(f"{configuration.option_name(name):26} {value}")
-            tqdm.write(f"memory  {self.trainer.state_bytes():,} bytes of weights and optimizer state; "
+                _say(f"{configuration.option_name(name):26} {value}")
+            _say(f"memory  {self.trainer.state_bytes():,} bytes of weights and optimizer state; "
                        "a checkpoint takes as much on the disk")
 
     def open(self):
         """Makes the run folder ready and starts the clock."""
-        remove_leftovers(self.out / "checkpoints")
-        prepare_run_folder(self.out, dataclasses.asdict(self.config), step=self.step,
-                           bytes_needed=self.trainer.state_bytes() * (self.config.keep_checkpoints + 1))
-        seed = self.config.seed
-        self.noise = torch.randn(NUM_SAMPLES, self.config.latent_dim, generator=random_generator(seed, "samples"))
-        self.reals = to_float(self.data.images[batch_indices(len(self.data.images), 0, NUM_SAMPLES, seed=seed)], "cpu")
-        save_grid(self.reals, self.out / "reals.png", columns=COLUMNS)
+        if self.leads:
+            remove_leftovers(self.out / "checkpoints")
+            prepare_run_folder(self.out, dataclasses.asdict(self.config), step=self.step,
+                               bytes_needed=self.trainer.state_bytes() * (self.config.keep_checkpoints + 1))
+            seed = self.config.seed
+            self.noise = torch.randn(NUM_SAMPLES, self.config.latent_dim, generator=random_generator(seed, "samples"))
+            first = batch_indices(len(self.data.images), 0, NUM_SAMPLES, seed=seed)
+            self.reals = take(self.data.images, first, torch.device("cpu"))
+            save_grid(self.reals, self.out / "reals.png", columns=COLUMNS)
         self.progress = tqdm(total=self.total_steps * self.images_per_step, initial=self.step * self.images_per_step,
-                             unit=" images", unit_scale=True, smoothing=0.05, disable=None)
+                             unit=" images", unit_scale=True, smoothing=0.05, disable=None if self.leads else True)
         self.opened = self.last_log = time.perf_counter()
         self.steps_since_last_log = 0
 
@@ -299,8 +381,21 @@ class _Run:
         self.step += 1
         self.steps_since_last_log += 1
         self.images_seen += self.images_per_step
-        self.pending.append(metrics)
+        if self.leads:
+            self.pending.append(metrics)
         self.progress.update(self.images_per_step)
+
+    def write_what_is_due(self, *, ending=False):
+        """Logs, saves and draws after a step where it is time to; at the end, saves and draws where it was not."""
+        if not self.leads:
+            return
+        config = self.config
+        if self.step % config.log_every == 0 and not ending:
+            self.log()
+        if (self.step % config.checkpoint_every == 0) != ending:
+            self.save()
+        if (self.step % config.sample_every == 0) != ending:
+            self.draw_samples()
 
     def log(self):
         """Appends a line to metrics.jsonl: the means since the line before."""
@@ -315,7 +410,7 @@ class _Run:
             shown["rec"] = metrics["reconstruction"]
         if self.progress.disable:  # not a terminal: lines instead of a bar
             left = (self.total_steps - self.step) * self.images_per_step / speed
-            tqdm.write(f"step {self.step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
+            _say(f"step {self.step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
                        + f"  {speed:.1f} images/s  {tqdm.format_interval(left)} left")
         self.progress.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
 
@@ -422,7 +517,12 @@ def _pick_device(name):
     elif not available[name]:
         there = ", ".join(kind for kind in available if available[kind])
         raise TrainingError(f"--device: {name} is not available here; there is {there}")
-    return torch.device(name)
+    device = torch.device(name)
+    if name == "cuda":
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest algorithm pays
+    return device
 
 
 def _find_run(config):
@@ -430,7 +530,7 @@ def _find_run(config):
     identity = {"data": config.data, **config.model_arguments()}
     name = "demo" if config.demo else pathlib.Path(config.data).name
     out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=config.fresh)
-    state = load_newest(out / "checkpoints", report=tqdm.write)
+    state = load_newest(out / "checkpoints", report=_say)
     if config.resume:
         if state is None:
             state = load_checkpoint(config.resume)
@@ -451,7 +551,7 @@ def _settle(config, state, device):
             config = dataclasses.replace(config, precision=saved["precision"])
         for name, value in dataclasses.asdict(config).items():
             if name not in MAY_CHANGE and saved.get(name) != value:
-                tqdm.write(f"warning: {configuration.option_name(name)} was {saved.get(name)}, is {value} from here on")
+                _say(f"warning: {configuration.option_name(name)} was {saved.get(name)}, is {value} from here on")
     elif config.precision == "auto":
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
                 else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())

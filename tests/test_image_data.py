@@ -10,7 +10,7 @@ from conftest import save_picture
 from PIL import Image
 
 import image_data
-from image_data import DataError, batch_indices, decode_image, find_images, load_images, random_generator, to_float
+from image_data import DataError, batch_indices, decode_image, find_images, load_images, random_generator, take
 
 MESSY = next(pathlib.Path(__file__).resolve().parents[2].glob("*/data/messy"), None)
 
@@ -183,8 +183,9 @@ def test_random_generator_is_a_function_of_its_key():
     assert tuple(torch.rand(4, generator=random_generator(0, "critic", 1)).tolist()) == draws[0, "critic", 1]
 
 
-def test_to_float_maps_0_and_255_to_0_and_1():
-    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8), "cpu").tolist() == pytest.approx([0, 0.2, 1])
+def test_what_is_taken_has_0_and_255_as_0_and_1():
+    images = torch.tensor([0, 51, 255, 7], dtype=torch.uint8)
+    assert take(images, torch.tensor([2, 0, 1]), torch.device("cpu")).tolist() == pytest.approx([1, 0, 0.2])
 
 
 @pytest.mark.skipif(MESSY is None, reason="needs a folder of awkward files beside the project")

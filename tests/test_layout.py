@@ -17,8 +17,10 @@ MAY_IMPORT = {
     "demo_images": {"PIL", "tqdm"},
     "checkpointing": {"torch"},
     "run_folder": {"torchvision"},
+    "acceleration": {"torch"},
+    "parallel": {"torch"},
     "training": {"torch", "tqdm", "config", "synthetic_video", "model_definitions", "losses", "augmentation", "image_data",
-                 "demo_images", "checkpointing", "run_folder"},
+                 "demo_images", "checkpointing", "run_folder", "acceleration", "parallel"},
 }
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
 

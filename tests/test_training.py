@@ -66,7 +66,7 @@ def critic_arguments(images):
 
 
 def generator_arguments(images):
-    return images, torch.randn(4, 8), torch.randn(4, 8), torch.rand(4, RANDOM_NUMBERS), 0.5
+    return images, torch.randn(4, 8), torch.randn(4, 8), torch.rand(4, RANDOM_NUMBERS), torch.tensor(0.5)
 
 
 # The updates

@@ -1,0 +1,74 @@
+"""One run in several processes: torchrun --nproc-per-node K training.py ...
+
+Every process draws the same random numbers for the whole batch and works on its own part of it. Gradients are averaged by
+hand, all of an update in one message. Rank 0 leads: it alone prints and writes. Without torchrun every function here does
+what is right for a process on its own.
+"""
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = datetime.timedelta(days=1)  # the others wait while rank 0 decodes a large folder; torchrun ends them if it fails
+
+
+def start(device):
+    """Joins the processes that torchrun has started, if it has."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def lead_first():
+    """Within this context rank 0 works alone; the others do the same after it, and find what it has made."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and dist.is_initialized():
+        dist.barrier()
+
+
+def own_part(batch):
+    """Returns this process's part of a batch, cut along its first axis."""
+    return batch.chunk(world_size())[rank()]
+
+
+def broadcast_(tensors):
+    """Replaces the tensors by those of rank 0."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def average_(tensors):
+    """Replaces the tensors, all of one type, by their means over the processes, in one all_reduce."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def any_of(flag):
+    """Returns whether the flag is set in any process."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags)  # on the CPU: no device is waited for
+    return bool(flags)
