@@ -285,7 +285,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         _check_shape("images", images, self.image_shape)
-        return self.score(self.blocks(2 * images - 1).flatten(1)).squeeze(1)
+        return _at_least_float32(self.score(self.blocks(2 * images - 1).flatten(1)).squeeze(1))
 
     def input_gradient(self, images):
         """Returns the gradient of each score with respect to its image, (N, C, H, W), for losses.gradient_penalty.
@@ -311,7 +311,7 @@ class Discriminator(nn.Module):
 
     def probability(self, images):
         """Returns sigmoid of the score, (N,) in [0, 1]: good for ranking images, not calibrated."""
-        return torch.sigmoid(_at_least_float32(self(images)))
+        return torch.sigmoid(self(images))
 
 
 def _widths(image_size, base_channels):

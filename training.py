@@ -84,7 +84,7 @@ class Trainer:
             with torch.no_grad():
                 fake = self.generator.decode(z)
             real, fake = self._augment(real, transform), self._augment(fake, transform)
-            distance = -critic_loss(*self.critic(torch.cat([real, fake])).float().chunk(2))
+            distance = -critic_loss(*self.critic(torch.cat([real, fake])).chunk(2))
             penalty = gradient_penalty(self.critic, real, fake, mixing=mixing)
             loss = self.config.gradient_penalty_weight * penalty - distance
         return loss, {"critic_loss": loss, "wasserstein_distance": distance, "gradient_penalty": penalty}
@@ -118,7 +118,7 @@ class Trainer:
                 z = torch.cat([z, self.generator.reparameterize(mu, logvar, noise=noise)])
             decoded = self.generator.decode_parts(z)
             generated, reconstruction = decoded.images[:len(real)], decoded.images[len(real):]
-            loss = generator_loss(self.critic(self._augment(generated, transform)).float())
+            loss = generator_loss(self.critic(self._augment(generated, transform)))
             metrics = {"generator_loss": loss}
             if any(weights):
                 metrics["reconstruction"] = reconstruction_loss(reconstruction, real)
@@ -262,12 +262,12 @@ def train(config, *, interrupt=None):
             run.record(_train_step(trainer, images, run.step, run.images_seen))
             run.write_what_is_due()
         run.write_what_is_due(ending=True)
-    parallel.stop()
     if run.step < run.total_steps:
         again = "the same command without --fresh" if config.fresh else "the same command"
         _say(f"stopped after step {run.step}, saved; {again} goes on from there")
     else:
         _say(f"done: {run.step} steps; look at {out / 'samples' / f'step_{run.step:07d}.png'}")
+    parallel.stop()
     return out
 
 
