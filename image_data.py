@@ -213,7 +213,7 @@ def random_generator(*key):
 
 def take(images, indices, device):
     """Returns the chosen ones of uint8 images as float32 in [0, 1] on a device."""
-    return to_device(images[to_device(indices, images.device)], device).float() / 255
+    return to_device(images.index_select(0, to_device(indices, images.device)), device).float().div_(255)
 
 
 def to_device(tensor, device):

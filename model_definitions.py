@@ -297,15 +297,18 @@ class Discriminator(nn.Module):
         """
         _check_shape("images", images, self.image_shape)
         features, path = 2 * images - 1, []
+        plain = torch.autocast(images.device.type, enabled=False)  # autocast would unpool in float32
         convolutions = [layer for layer in self.blocks if isinstance(layer, nn.Conv2d)]
         with torch.no_grad():
             for convolution in convolutions:
                 pooled, indices = F.max_pool2d(convolution(features), 2, return_indices=True)
                 features = pooled.relu()
-                path.append(F.max_unpool2d((pooled > 0).to(pooled.dtype), indices, 2))
-        gradient = self.score.weight.view(1, *features.shape[1:]).expand_as(features)
+                with plain:
+                    path.append(F.max_unpool2d((pooled > 0).to(pooled.dtype), indices, 2))
+        gradient = self.score.weight.to(features.dtype).view(1, *features.shape[1:]).expand_as(features)
         for convolution, passed in zip(reversed(convolutions), reversed(path), strict=True):
-            gradient = F.interpolate(gradient, scale_factor=2) * passed
+            with plain:
+                gradient = F.interpolate(gradient, scale_factor=2) * passed
             gradient = F.conv_transpose2d(gradient, convolution.weight, padding=1)
         return 2 * gradient
 

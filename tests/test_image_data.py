@@ -183,6 +183,14 @@ def test_random_generator_is_a_function_of_its_key():
     assert tuple(torch.rand(4, generator=random_generator(0, "critic", 1)).tolist()) == draws[0, "critic", 1]
 
 
+def test_an_epoch_is_ordered_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "randperm", lambda *a, real=torch.randperm, **k: calls.append(a) or real(*a, **k))
+    for position in range(0, 1_000, 16):
+        batch_indices(1_000, position, 16, seed=12345)
+    assert len(calls) == 2  # the first epoch and the one that its last batch reaches into
+
+
 def test_what_is_taken_has_0_and_255_as_0_and_1():
     images = torch.tensor([0, 51, 255, 7], dtype=torch.uint8)
     assert take(images, torch.tensor([2, 0, 1]), torch.device("cpu")).tolist() == pytest.approx([1, 0, 0.2])

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+from torch.nn import functional as F
 
 import training
 from augmentation import RANDOM_NUMBERS
@@ -150,6 +152,53 @@ def test_bfloat16_updates_are_near_those_in_float32(images):
         found.append(trainer.critic_update(*arguments[0]) | trainer.generator_update(*arguments[1]))
     for name in ("critic_loss", "gradient_penalty", "generator_loss", "reconstruction", "kl_divergence"):
         assert found[1][name].item() == pytest.approx(found[0][name].item(), rel=0.05, abs=0.02), name
+
+
+class PlainBlocks(torch.nn.Module):
+    """The blocks as they are commonly written: convolution, ReLU, pooling."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.convolutions = torch.nn.ModuleList(blocks[::3])
+
+    def forward(self, images):
+        for convolution in self.convolutions:
+            images = F.max_pool2d(F.relu(convolution(images)), 2)
+        return images
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_the_fast_updates_have_the_losses_and_gradients_of_the_plain_ones(precision, tolerance):
+    trainer = tiny_trainer(precision=precision, base_channels=16)
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    arguments = critic_arguments(images), generator_arguments(images)
+    critic, vae = copy.deepcopy(trainer.critic).double(), copy.deepcopy(trainer.generator).double()
+    critic.blocks, vae.encoder = PlainBlocks(critic.blocks), PlainBlocks(vae.encoder)
+    vae.output_layer.cnn._convolve = vae.output_layer.cnn.conv.forward
+    found = trainer.critic_update(*arguments[0])
+
+    real, z, mixing, _ = (tensor.double() for tensor in arguments[0])
+    fake = vae.decode(z).detach()
+    between = (mixing * real + (1 - mixing) * fake).requires_grad_()
+    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    loss = critic(fake).mean() - critic(real).mean() + 10 * (slope.flatten(1).norm(dim=1) - 1).square().mean()
+    loss.backward()
+    assert found["critic_loss"].item() == pytest.approx(loss.item(), rel=tolerance)
+    expected = torch.cat([parameter.grad.flatten() for parameter in critic.parameters()])
+    assert (trainer.gradients()[1] - expected).norm() < tolerance * expected.norm()
+
+    critic = copy.deepcopy(trainer.critic).double()
+    critic.blocks = PlainBlocks(critic.blocks)
+    trainer.generator_update(*arguments[1])
+    real, z, noise, _, _ = (tensor.double() for tensor in arguments[1])
+    mu, logvar = vae.encode(real)
+    reconstruction = vae.decode(mu + (logvar / 2).exp() * noise)
+    kl = (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean() / 2
+    rec = (reconstruction - real).abs().sum() / (4 * math.sqrt(3 * 32 * 32))
+    (rec + 0.02 * kl - critic(vae.decode(z)).mean()).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in vae.parameters()])
+    assert (trainer.gradients()[0] - expected).norm() < tolerance * expected.norm()
 
 
 # A run
