@@ -1,6 +1,8 @@
 """Faster ways to run the updates of a Trainer, compared with the plain ones before they are used."""
 import torch
 
+import parallel
+
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the norm of the metrics and of the gradient; bfloat16 rounds to 0.4%
 WARM_UPS = 3  # before a capture, so that libraries have chosen their algorithms and reserved their memory
 
@@ -61,11 +63,15 @@ def accelerate(trainer, batches, *, compiled, capture, report):
                 setattr(trainer, f"{name}_losses", torch.compile(getattr(trainer, f"{name}_losses")))
             if capture:
                 setattr(trainer, f"{name}_update", capture(getattr(trainer, f"{name}_update"), arguments))
-        difference = max((torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)).item()
-                         for found, expected in zip(results(), plain, strict=True))
+        difference = torch.stack([torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)
+                                  for found, expected in zip(results(), plain, strict=True)]).max().item()
         # Written so that NaN fails too.
         fault = None if difference <= TOLERANCE[trainer.config.precision] else f"its results differ by {difference:.1%}"
     except Exception as error:  # no compiler, no memory, an operation that cannot be captured: whatever the backend raises
+        if parallel.world_size() > 1:
+            raise  # the others have not failed, and would wait for this one
+        while error.__context__:  # the end of a failed capture raises again
+            error = error.__context__
         fault = " ".join(str(error).split())[:200] or type(error).__name__
     restore()
     if fault:

@@ -43,8 +43,8 @@ EMA_RAMP = 0.05  # the half-life of the average is at most this part of the imag
 SAVED_PARTS = ("generator", "averaged", "critic", "generator_optimizer", "critic_optimizer")
 NUM_SAMPLES = 64
 COLUMNS = 8  # of the grids
-MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "device", "cache_dir", "log_every", "sample_every",
-              "checkpoint_every", "keep_checkpoints"}
+MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "device", "compile", "cache_dir", "log_every",
+              "sample_every", "checkpoint_every", "keep_checkpoints"}
 
 
 class TrainingError(ValueError):
@@ -97,8 +97,10 @@ class Trainer:
             ema_weight: a scalar tensor, how far the averaged weights move towards the new ones, in [0, 1].
         """
         self.critic.requires_grad_(False)
-        metrics, norm = _optimize(self.generator_optimizer, *self.generator_losses(real, z, noise, transform))
-        self.critic.requires_grad_(True)
+        try:
+            metrics, norm = _optimize(self.generator_optimizer, *self.generator_losses(real, z, noise, transform))
+        finally:
+            self.critic.requires_grad_(True)
         with torch.no_grad():
             for average, new in zip(self.averaged.parameters(), self.generator.parameters(), strict=True):
                 average.lerp_(new, ema_weight)
@@ -163,8 +165,8 @@ class Trainer:
                     shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
                     if {key: value.shape for key, value in moments.items()} != shapes:
                         raise ValueError(f"{name}, parameter {index}: moments of another shape")
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": state[name]["state"], "param_groups": groups})
+                own = optimizer.state_dict()
+                optimizer.load_state_dict(own | {"state": own["state"] | state[name]["state"]})
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not fit these networks: {' '.join(str(error).split())}") from None
         if not _all_finite(state):
@@ -267,7 +269,6 @@ def train(config, *, interrupt=None):
         _say(f"stopped after step {run.step}, saved; {again} goes on from there")
     else:
         _say(f"done: {run.step} steps; look at {out / 'samples' / f'step_{run.step:07d}.png'}")
-    parallel.stop()
     return out
 
 
@@ -492,7 +493,7 @@ class Interrupt:
             self._deferred = False
 
     def _handle(self, number, frame):
-        if self.received:
+        if self.received and parallel.world_size() == 1:  # torchrun passes on what a process may have had already
             os._exit(128 + number)
         self.received = number
         if not self._deferred:
@@ -574,6 +575,7 @@ def main(arguments=None):
     with Interrupt() as interrupt:
         try:
             train(config, interrupt=interrupt)
+            parallel.stop()
         except (TrainingError, RunFolderError, DataError, CheckpointError, OSError) as error:
             print(error, file=sys.stderr)
             return 2

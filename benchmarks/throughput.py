@@ -35,7 +35,7 @@ from model_definitions import VAE, Discriminator
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 STEPS = 50 if CUDA else 1  # between two readings of the clock; a GPU works on while the next steps are prepared
-ROUNDS = 7
+ROUNDS = 9
 WORKERS = 2  # of the plain loop's DataLoader
 MEASURES = {  # each row has all of those above it
     "plain": "plain loop",
@@ -205,25 +205,24 @@ def floor(config, ticks):
     generator_update = 3 * f["encoder"] - work["encoder"][0] + 2 * 3 * (f["decoder"] + cnn) + 2 * f["critic"]
     step = n * (critic_update + generator_update)
 
-    best = {}
     for _ in ticks:
-        for index, (layer, given, made, per_image) in enumerate(calls):
+        timed = []
+        for layer, given, made, per_image in calls:
             layer = layer.to(kind).to(memory_format=torch.channels_last)
             x = torch.rand(given, device=DEVICE, dtype=kind).to(memory_format=torch.channels_last)
             gradient = torch.rand(made, device=DEVICE, dtype=kind).to(memory_format=torch.channels_last)
             x.requires_grad_(given[1] > 3)
-            passes = 3 if x.requires_grad else 2
+            seconds = []
             for _ in range(3):
                 x.grad = layer.weight.grad = layer.bias.grad = None
                 _synchronize()
                 started = time.perf_counter()
                 layer(x).backward(gradient)
                 _synchronize()
-                seconds = time.perf_counter() - started
-                best[index] = min(best.get(index, (seconds, 0)), (seconds, passes * per_image * given[0]))
-        rate = sum(flops for _, flops in best.values()) / sum(seconds for seconds, _ in best.values())
-        fastest = max(flops / seconds for seconds, flops in best.values())
-        print(json.dumps([step / rate, step, rate, fastest]), flush=True)
+                seconds.append(time.perf_counter() - started)
+            timed.append(((3 if x.requires_grad else 2) * per_image * given[0], statistics.median(seconds)))
+        rate = sum(flops for flops, _ in timed) / sum(seconds for _, seconds in timed)
+        print(json.dumps([step / rate, step, max(flops / seconds for flops, seconds in timed)]), flush=True)
 
 
 def _synchronize():
@@ -283,7 +282,7 @@ def compare(names, options, images_per_step):
         for _ in range(ROUNDS):
             plain.step(), row.step()
         seconds, beside = statistics.median(row.times), statistics.median(plain.times)
-        found[name] = beside / seconds, row.last
+        found[name] = beside / seconds, seconds, row.last
         if name != "floor":
             label = {**MEASURES, **SHIPPED}[name]
             print(f"{label:46}{images_per_step * STEPS / seconds:9.1f}{beside / seconds:7.2f}{row.last[1] / 2**30:6.1f} GiB"
@@ -306,6 +305,8 @@ def scale(setting):
         images = training.to_device_where_it_fits(images, DEVICE)
         training._accelerate(trainer, images)
         times = []
+        for step in range(3 + ROUNDS):  # a file just written, or read once, is in memory; one full of holes is not
+            take(images, batch_indices(number, step * batch, batch, seed=0), DEVICE)
         for step in range(3 + ROUNDS):
             started = time.perf_counter()
             for _ in range(STEPS):
@@ -329,10 +330,12 @@ def _anonymous_memory():
 
 def input_pipelines(config):
     """Prints images per second of both ways to the batches, in their second epoch."""
+    epoch = len(load_images(config.data, config.image_size, cache_dir=config.cache_dir).images) // config.batch_size
     speeds = []
     for name, make in ((f"DataLoader, ImageFolder, {WORKERS} workers", _loaded_batches), ("decoded once", _cached_batches)):
+        if speeds:
+            training._keep_freed_memory()  # as training.py does
         batches = make(config)
-        epoch = len(load_images(config.data, config.image_size, cache_dir=config.cache_dir).images) // config.batch_size
         for _ in range(epoch):
             next(batches)
         _synchronize()
@@ -395,8 +398,8 @@ def run_all(config, options):
     print()
     left_out = {"processes": CUDA and torch.cuda.device_count() < 2, "off": not CUDA}
     found = compare([name for name in [*MEASURES, *SHIPPED, "floor"] if not left_out.get(name)], options, batch)
-    ratio, (_, work, rate, fastest) = found["floor"]
-    above = ratio / found["auto"][0]
+    ratio, seconds, (_, work, fastest) = found["floor"]
+    rate, above = work / seconds, ratio / found["auto"][0]
     print(f"""
 floor: {work / 1e9:.0f} GFLOP in convolutions and matrix products a step, at the {rate / 1e9:.0f} GFLOP/s that its
 convolutions reach alone. As shipped takes {above:.2f} times that, and {above * fastest / rate:.2f} times what it would be

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "demo_images": {"PIL", "tqdm"},
     "checkpointing": {"torch"},
     "run_folder": {"torchvision"},
-    "acceleration": {"torch"},
+    "acceleration": {"torch", "parallel"},
     "parallel": {"torch"},
     "training": {"torch", "tqdm", "config", "synthetic_video", "model_definitions", "losses", "augmentation", "image_data",
                  "demo_images", "checkpointing", "run_folder", "acceleration", "parallel"},

@@ -24,12 +24,16 @@ for network in (trainer.generator, trainer.critic, trainer.averaged):
     network.double()
 trainer.critic_optimizer = training._adam(trainer.critic, 1e-3)
 trainer.generator_optimizer = training._adam(trainer.generator, 1e-3)
+for tensor in trainer.tensors():
+    tensor += parallel.rank()  # to be put right by the others hearing from rank 0
+parallel.broadcast_(trainer.tensors())
 generator = torch.Generator().manual_seed(0)
 images = torch.randint(256, (10, 3, 32, 32), generator=generator, dtype=torch.uint8)
 torch.set_default_dtype(torch.float64)
 found = []
 for step in range(3):
     batch = training._critic_batch(trainer, images, step, 0, 4 * step)
+    assert len(batch[0]) * parallel.world_size() == 4
     found.append(trainer.critic_update(*(tensor.double() for tensor in batch)))
     batch = training._generator_batch(trainer, batch[0], step, 4 * step + 4)
     found.append(trainer.generator_update(*(tensor.double() for tensor in batch)))

@@ -1,9 +1,11 @@
 """What README.md tells people to type does what it says."""
+import os
 import pathlib
 import re
 import runpy
 import shlex
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -31,6 +33,26 @@ def test_training_commands_work(image_folder):
     assert {path.name for path in pathlib.Path("runs/images").iterdir()} == set(re.findall(r"(?m)^  ([\w.]+)", tree))
 
 
+def test_the_command_for_several_processes_works(image_folder):
+    (command,) = (shlex.split(line) for block in blocks("bash") for line in block.splitlines() if "torchrun" in line)
+    assert command[0] == ".venv/bin/torchrun"
+    command[command.index("training.py")] = ROOT / "training.py"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command[1:], *TINY_OPTIONS, "--steps", "2"],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: 2 steps") == 1
+    assert os.listdir("runs/images/checkpoints") == ["step_0000002.pt"]
+
+
+@pytest.mark.nightly
+def test_the_benchmark_prints_its_tables(image_folder):
+    (command,) = (shlex.split(line) for block in blocks("bash") for line in block.splitlines() if "benchmarks/" in line)
+    done = subprocess.run([sys.executable, ROOT / command[1], "--data", image_folder, "--image-size", "32",
+                           "--batch-size", "4"], capture_output=True, text=True, check=True)
+    for expected in ("plain loop", "as shipped", "as shipped, --compile on", "GFLOP in convolutions", "1,000,000"):
+        assert expected in done.stdout
+
+
 def test_notebook_lines_work(train_tiny):
     train_tiny(steps=2, out="runs/demo")
     first, second = blocks("python")
@@ -47,9 +69,9 @@ def _written(code):
 
 
 def test_files_and_options_that_it_names_exist():
-    for name in re.findall(r"`((?:tests/)?\w+\.py)`|(docs/\w+\.\w+)", README):
+    for name in re.findall(r"`?((?:tests/|benchmarks/)?\w+\.py)`|(docs/\w+\.\w+)", README):
         assert (ROOT / "".join(name)).exists(), name
-    options = set(re.findall(r"(--[a-z][a-z-]+)", README))
+    options = set(re.findall(r"(--[a-z][a-z-]+)", README)) - {"--nproc-per-node"}  # which is torchrun's
     known = set(re.findall(r"(--[a-z][a-z-]+)", training.configuration.parser().format_help()))
     assert options <= known
 

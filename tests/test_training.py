@@ -89,6 +89,13 @@ def test_an_update_moves_its_own_network_and_no_other(images, settings):
     assert all(p.requires_grad and p.grad is not None for p in trainer.critic.parameters())
 
 
+def test_the_first_step_is_as_long_as_the_learning_rate(images):
+    trainer = tiny_trainer(critic_learning_rate=0.01)
+    before = trainer.critic.score.weight.detach().clone()
+    trainer.critic_update(*critic_arguments(images))
+    assert (trainer.critic.score.weight - before).abs().median().item() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_the_average_moves_part_of_the_way(images):
     trainer = tiny_trainer()
     start = trainer.averaged.mu.weight.clone()
@@ -167,7 +174,7 @@ class PlainBlocks(torch.nn.Module):
         return images
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_the_fast_updates_have_the_losses_and_gradients_of_the_plain_ones(precision, tolerance):
     trainer = tiny_trainer(precision=precision, base_channels=16)
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -361,6 +368,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(train_tiny, damag
     with pytest.raises(CheckpointError, match=named) as caught:
         train_tiny(steps=2, out="other", resume=str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_moments_that_a_checkpoint_lacks_start_at_zero():
+    trainer = tiny_trainer()
+    number, state = len(trainer.tensors()), copy.deepcopy(trainer.state())
+    del state["generator_optimizer"]["state"][0]
+    trainer.load_state(state)
+    assert len(trainer.tensors()) == number
 
 
 def test_resume_does_not_mix_two_runs(train_tiny):
