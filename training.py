@@ -247,14 +247,14 @@ def train(config, *, interrupt=None):
     parallel.broadcast_(trainer.tensors())
     run = _Run(config, trainer, data, out, state)
     run.describe()
+    if run.step >= run.total_steps and not config.dry_run:
+        _say(f"{out} has all of its {run.step} steps: nothing is left to do. A larger --steps goes on from here")
+        return out
     images = to_device_where_it_fits(data.images, device)
     _accelerate(trainer, images)
     if config.dry_run:
         metrics = _train_step(trainer, images, run.step, run.images_seen)
         _say("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
-        return out
-    if run.step >= run.total_steps:
-        _say(f"{out} has all of its {run.step} steps: nothing is left to do. A larger --steps goes on from here")
         return out
     run.open()
     with interrupt.deferred(), run.progress:
@@ -348,9 +348,9 @@ class _Run:
         generator, critic = self.trainer.num_parameters()
         classes = f" in {len(data.class_counts)} classes" if len(data.class_counts) > 1 else ""
         _say(f"data    {data.folder}: {len(data.images)} images{classes}, {config.image_size} px\n"
-                   f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
-                   f"{config.precision} on {self.trainer.device}\n"
-                   f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
+             f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
+             f"{config.precision} on {self.trainer.device}\n"
+             f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
         if len(data.images) != self.num_images_before:
             _say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
         if len(data.images) < config.batch_size:
@@ -359,7 +359,7 @@ class _Run:
             for name, value in dataclasses.asdict(config).items():
                 _say(f"{configuration.option_name(name):26} {value}")
             _say(f"memory  {self.trainer.state_bytes():,} bytes of weights and optimizer state; "
-                       "a checkpoint takes as much on the disk")
+                 "a checkpoint takes as much on the disk")
 
     def open(self):
         """Makes the run folder ready and starts the clock."""
@@ -412,7 +412,7 @@ class _Run:
         if self.progress.disable:  # not a terminal: lines instead of a bar
             left = (self.total_steps - self.step) * self.images_per_step / speed
             _say(f"step {self.step}/{self.total_steps}  " + "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
-                       + f"  {speed:.1f} images/s  {tqdm.format_interval(left)} left")
+                 + f"  {speed:.1f} images/s  {tqdm.format_interval(left)} left")
         self.progress.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
 
     def _mean_metrics(self):

@@ -275,7 +275,6 @@ def compare(names, options, images_per_step):
             row = Row(name, options)
         row.step()
         first = time.perf_counter() - row.started
-        plain.times = []
         for _ in range(2):
             plain.step(), row.step()
         plain.times, row.times = [], []

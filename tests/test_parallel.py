@@ -10,7 +10,7 @@ from conftest import TINY
 from test_training import metrics, newest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Three steps in float64, from the same data; rank 0 leaves what it ends with, and every rank what its gradients were.
+# Three steps in float64, from the same data; every process leaves its metrics, its gradients and what it ends with.
 STEPS = """
 import sys
 import torch
