@@ -1,13 +1,20 @@
-"""Checkpoints: files of tensors and plain values, written whole or not at all, read without running anything in them."""
-import os
+"""Checkpoints: files of tensors and plain values, written whole or not at all, read without running anything in them.
+
+A file is taken for what a stranger may have made: nothing in it is used before its form has been checked, and no text in it
+is ever used as a path or as code.
+"""
 import pathlib
-import shutil
+import zipfile
 
 import torch
 
-FORMAT = 1  # raised when a file of before can no longer be read
-PLAIN = {"step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "config": dict,
-         "model_arguments": dict, "pending_metrics": list}  # what a checkpoint holds beside weights and optimizer states
+from model_definitions import VAE
+from safe_files import whole_file
+
+FORMAT = 2  # raised when a file of before can no longer be read
+SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "config": dict,
+          "model_arguments": dict, "pending_metrics": list, "generator": dict, "averaged": dict, "critic": dict,
+          "generator_optimizer": dict, "critic_optimizer": dict}
 
 
 class CheckpointError(ValueError):
@@ -22,39 +29,27 @@ def save_checkpoint(folder, step, state, *, keep):
 
     Args:
         step: number of the step, for the name and the order.
-        state: a dict of tensors and plain values.
+        state: a dict with the keys of SCHEMA but the first two.
         keep: at least 1.
 
     Raises:
         OSError: it could not be written; how much room there is.
     """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:07d}.pt"
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns what the system says into a RuntimeError
-        free = shutil.disk_usage(folder).free
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f"{path} could not be written, {free:,} bytes are free there; older checkpoints are whole "
-                      f"({reason})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with whole_file(path, bytes_needed=_num_bytes(state)) as file:
+        torch.save({"format": FORMAT, "step": step, **state}, file)
     up_to_this = [other for other in list_checkpoints(folder) if _order(other) <= _order(path)]
     for old in up_to_this[:-keep]:  # a later one was passed over as damaged, and must not push this one out
         old.unlink()
     return path
+
+
+def _num_bytes(state):
+    """The bytes of all tensors in nested dicts."""
+    if isinstance(state, dict):
+        return sum(map(_num_bytes, state.values()))
+    return state.nbytes if isinstance(state, torch.Tensor) else 0
 
 
 def list_checkpoints(folder):
@@ -66,30 +61,84 @@ def _order(path):
     return len(path.name), path.name
 
 
-def remove_leftovers(folder):
-    """Removes what interrupted saves have left in a folder."""
-    for leftover in pathlib.Path(folder).glob("step_*.tmp"):
-        leftover.unlink()
-
-
 def load_checkpoint(path):
-    """Returns the state saved in a file, on the CPU.
+    """Returns the state saved in a file, on the CPU. Its tensors are still to be checked, by check_tensors.
 
     Raises:
-        CheckpointError: missing, damaged, incomplete, of another format, or holding anything but tensors and plain values.
+        CheckpointError: missing, damaged, incomplete, of another version, or holding anything but tensors and plain values.
     """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
+        _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except Exception as error:  # whatever the reader meets in a damaged or hostile file
+    except Exception as error:  # whatever the readers meet in a damaged or hostile file
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program, or of another version")
-    for name, kind in PLAIN.items():
-        if not isinstance(state.get(name), kind):
-            raise CheckpointError(f"{path}: not a checkpoint of this program: {name} is missing or no {kind.__name__}")
+    if fault := _fault(state):
+        raise CheckpointError(f"{path}: not a checkpoint of this program: {fault}")
     return state
+
+
+def _check_archive(path):
+    """Raises unless a zip archive is whole and no larger unpacked than packed; torch.load itself compares no checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("compressed")
+        if archive.testzip():
+            raise ValueError("damaged")
+
+
+def _fault(state):
+    """What is wrong with the form of a state, None where nothing is."""
+    for name in [*SCHEMA, *state]:
+        if name not in SCHEMA:
+            return f"{name!r:.80} is not part of one"
+        if not isinstance(state.get(name), SCHEMA[name]) or isinstance(state[name], bool):
+            return f"{name} is missing or no {SCHEMA[name].__name__}"
+        if SCHEMA[name] in (int, float) and not 0 <= state[name] < float("inf"):
+            return f"{name} is {state[name]!r:.80}"
+    for name in ("config", "model_arguments"):
+        if not all(isinstance(key, str) and isinstance(value, bool | int | float | str | None)
+                   for key, value in state[name].items()):
+            return f"{name} holds other things than plain values"
+    for metrics in state["pending_metrics"]:
+        if not (isinstance(metrics, dict) and all(isinstance(name, str) for name in metrics)
+                and all(isinstance(value, torch.Tensor) and value.shape == () for value in metrics.values())):
+            return "pending_metrics holds other things than numbers"
+    return None
+
+
+def check_tensors(saved, expected, name):
+    """Checks that nested dicts of tensors have the names, shapes and types expected, and only finite numbers.
+
+    Args:
+        saved: as loaded.
+        expected: the same, of tensors that may be on the meta device.
+        name: what to call it in a message.
+
+    Raises:
+        CheckpointError: what does not fit.
+    """
+    if isinstance(expected, dict):
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"{name} is no dict")
+        for key in [*expected, *saved]:
+            if key not in saved or key not in expected:
+                raise CheckpointError(f"{name}: {key!r:.80} is {'missing' if key in expected else 'not part of it'}")
+            check_tensors(saved[key], expected[key], f"{name}.{key}")
+        return
+    if not isinstance(saved, torch.Tensor) or saved.layout != torch.strided or saved.device.type != "cpu":
+        raise CheckpointError(f"{name} is no plain tensor")
+    if (saved.dtype, saved.shape) != (expected.dtype, expected.shape):
+        raise CheckpointError(f"{name} is {saved.dtype} of shape {tuple(saved.shape)}, "
+                              f"expected {expected.dtype} of shape {tuple(expected.shape)}")
+    if saved.untyped_storage().nbytes() < saved.nbytes:  # one number in the file, shown as a billion
+        raise CheckpointError(f"{name} is not stored in full")
+    if not saved.isfinite().all():
+        raise CheckpointError(f"{name} holds numbers that are not finite")
 
 
 def load_newest(folder, *, report=print):
@@ -109,3 +158,33 @@ def load_newest(folder, *, report=print):
     if paths:
         raise CheckpointError(f"{folder}: none of the checkpoints can be read; --fresh starts anew beside it")
     return None
+
+
+def load_generator(path, *, report=print):
+    """Returns the averaged VAE of a checkpoint, or of the newest one of a run folder, on the CPU and without gradients.
+
+    It is safe on a file from a stranger.
+
+    Args:
+        path: a checkpoint or a run folder.
+        report: called with a line for every damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: no such file, no checkpoint in the folder, or one that does not hold what it should.
+    """
+    path = pathlib.Path(path)
+    state = load_newest(path / "checkpoints", report=report) if path.is_dir() else load_checkpoint(path)
+    if state is None:
+        raise CheckpointError(f"{path}: no checkpoints below it")
+    try:
+        with torch.device("meta"):
+            expected = VAE(**state["model_arguments"]).state_dict()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: model_arguments: {' '.join(str(error).split()):.200}") from None
+    try:
+        check_tensors(state["averaged"], expected, "averaged")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    vae = VAE(**state["model_arguments"])
+    vae.load_state_dict(state["averaged"])
+    return vae.requires_grad_(False)

@@ -3,12 +3,13 @@
 config.json, reals.png, samples/, reconstructions/, alpha_maps/ (a PNG for each step drawn), metrics.jsonl (a line for each
 log) and checkpoints/. Nothing in it is deleted but superseded checkpoints, and log lines that a resumed run writes again.
 """
+import contextlib
 import json
-import os
 import pathlib
-import shutil
 
 from torchvision.utils import make_grid, save_image
+
+from safe_files import append_line, free_bytes, hold_folder, remove_leftovers, whole_file
 
 
 class RunFolderError(ValueError):
@@ -52,51 +53,57 @@ def _saved_config(folder):
     return saved if isinstance(saved, dict) else {}
 
 
-def prepare_run_folder(folder, config, *, step, bytes_needed):
-    """Makes the folder if need be, writes config.json, and drops the log lines after `step`, where the run goes on.
+@contextlib.contextmanager
+def open_run_folder(folder, config, *, step, bytes_needed):
+    """Within this context the folder is this run's alone: config.json is written, and nothing is there from after `step`.
 
     Raises:
-        RunFolderError: fewer bytes are free than will be needed.
+        RunFolderError: fewer bytes are free than will be needed; it cannot be written to; another process trains there.
     """
-    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     bytes_needed -= sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
-    if bytes_needed > free:
-        raise RunFolderError(f"--out: the checkpoints need {bytes_needed:,} bytes in {folder}, {free:,} are free")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--out: {error}") from None
-    _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    log = folder / "metrics.jsonl"
-    if log.exists():
-        _write(log, "".join(_lines_up_to(step, log.read_text())))
+    if bytes_needed > free_bytes(folder):
+        raise RunFolderError(
+            f"--out: the checkpoints need {bytes_needed:,} bytes in {folder}, {free_bytes(folder):,} are free")
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold_folder(folder, busy=lambda: _refuse(folder)))
+            for place in (folder, *folder.glob("*/")):
+                remove_leftovers(place)
+            _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            log = folder / "metrics.jsonl"
+            if log.exists():
+                _write(log, "".join(_lines_up_to(step, log.read_text(errors="replace"))))
+        except OSError as error:
+            raise RunFolderError(f"--out: {error}") from None
+        yield
+
+
+def _refuse(folder):
+    raise RunFolderError(f"--out: another process trains in {folder}; wait for it, or start beside it with --fresh")
 
 
 def _lines_up_to(step, text):
-    for line in text.splitlines(keepends=True):
+    for line in text.splitlines():
         try:
             if json.loads(line)["step"] > step:
                 return
         except (ValueError, KeyError, TypeError):  # torn by a crash
             return
-        yield line
+        yield line + "\n"
 
 
 def append_metrics(folder, metrics):
     """Appends a dict of plain values to metrics.jsonl, as one line."""
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    append_line(folder / "metrics.jsonl", json.dumps(metrics))
 
 
 def save_grid(images, path, *, columns):
     """Writes images (N, C, H, W) in [0, 1] as one PNG, in rows of `columns`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0), temporary, format="png")
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        save_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0), file, format="png")
 
 
 def _write(path, text):
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write(text.encode())

@@ -5,14 +5,26 @@ import signal
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import pytest
 import torch
 
-from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, load_newest, remove_leftovers, save_checkpoint
+from checkpointing import (
+    CheckpointError,
+    check_tensors,
+    list_checkpoints,
+    load_checkpoint,
+    load_generator,
+    load_newest,
+    save_checkpoint,
+)
+from model_definitions import VAE
 
-STATE = {"images_seen": 0, "elapsed_seconds": 0.0, "num_images": 1, "config": {"seed": 0}, "model_arguments": {},
-         "pending_metrics": ["x"], "weights": {"a": torch.arange(6.0)}}
+MODEL = {"image_size": 32, "latent_dim": 8, "base_channels": 2, "num_frames": 3, "output_layer": "cnn", "alpha_grid": 4}
+STATE = {"images_seen": 0, "elapsed_seconds": 0.0, "num_images": 1, "config": {"seed": 0}, "model_arguments": MODEL,
+         "pending_metrics": [{"loss": torch.tensor(1.5)}], "generator": {"a": torch.arange(6.0)},
+         "averaged": VAE(**MODEL).state_dict(), "critic": {}, "generator_optimizer": {}, "critic_optimizer": {}}
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -20,7 +32,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert path.name == "step_0000012.pt"
     state = load_checkpoint(path)
     assert state["step"] == 12
-    assert torch.equal(state["weights"]["a"], STATE["weights"]["a"])
+    assert torch.equal(state["generator"]["a"], STATE["generator"]["a"])
     assert os.listdir(path.parent) == [path.name]
 
 
@@ -51,7 +63,7 @@ def test_checkpoints_that_cannot_be_read_do_not_push_out_the_one_just_saved(tmp_
 def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(tmp_path, content):
     path = tmp_path / "step_0000001.pt"
     if content == "code":
-        torch.save({"format": 1, "x": Payload()}, path)
+        torch.save({"format": 2, "x": Payload()}, path)
     elif content == "code in an old format":
         path.write_bytes(pickle.dumps(Payload()))
     elif content == "noise":
@@ -64,7 +76,7 @@ def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(tmp_path, conte
     elif content == "list":
         torch.save([1, 2], path)
     elif content == "incomplete":
-        torch.save({"format": 1, "step": 3}, path)
+        torch.save({"format": 2, "step": 3}, path)
     elif content == "other format":
         torch.save({"format": 99}, path)
     else:
@@ -81,18 +93,15 @@ def test_a_missing_file_is_named(tmp_path):
         load_checkpoint(tmp_path / "none.pt")
 
 
-def test_the_newest_that_can_be_read_is_taken_and_torn_files_are_removed(tmp_path):
+def test_the_newest_that_can_be_read_is_taken(tmp_path):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, STATE, keep=3)
     (tmp_path / "step_0000003.pt").write_bytes(b"")
-    (tmp_path / "step_0000004.tmp").write_bytes(b"half")
     said = []
     assert load_newest(tmp_path, report=said.append)["step"] == 2
     assert len(said) == 1
     assert "step_0000003.pt" in said[0]
     assert load_newest(tmp_path / "nowhere") is None
-    remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["step_0000001.pt", "step_0000002.pt", "step_0000003.pt"]
 
 
 def test_checkpoints_of_which_none_can_be_read_are_not_an_empty_folder(tmp_path):
@@ -107,8 +116,8 @@ def test_a_failing_write_leaves_the_older_checkpoint_and_no_torn_file(tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"step_0000002.pt could not be written, [\d,]+ bytes are free there"):
-            save_checkpoint(tmp_path, 2, {"large": torch.zeros(100_000)}, keep=1)
+        with pytest.raises(OSError, match=r"000002.pt could not be written: 400,000 bytes are needed, [\d,]+ are free"):
+            save_checkpoint(tmp_path, 2, {"generator": torch.zeros(100_000)}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -118,10 +127,95 @@ def test_a_failing_write_leaves_the_older_checkpoint_and_no_torn_file(tmp_path):
 
 def test_a_process_killed_while_writing_leaves_the_older_checkpoint(tmp_path):
     save_checkpoint(tmp_path, 1, STATE, keep=1)
-    code = ("import os, signal, checkpointing, torch\n"
+    code = ("import os, signal, checkpointing\n"
             "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
             f"checkpointing.save_checkpoint({str(tmp_path)!r}, 2, {{}}, keep=1)")
     root = __file__.rsplit("tests", 1)[0]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == -signal.SIGKILL
-    assert (tmp_path / "step_0000002.tmp").exists()
+    assert (tmp_path / ".step_0000002.pt.tmp").exists()
     assert load_newest(tmp_path)["step"] == 1
+
+
+# Files from a stranger
+
+
+def test_a_single_flipped_bit_is_noticed(tmp_path):
+    path = save_checkpoint(tmp_path, 1, STATE | {"generator": {"a": torch.arange(10_000.0)}}, keep=1)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not a checkpoint, or a damaged one"):
+        load_checkpoint(path)
+
+
+def test_a_file_that_unpacks_to_more_than_it_takes_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path, 1, STATE | {"generator": {"a": torch.zeros(100_000)}}, keep=1)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(CheckpointError, match="not a checkpoint, or a damaged one"):
+        load_checkpoint(tmp_path / "small.pt")
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"extra": 1}, "'extra' is not part of one"),
+    ({"images_seen": -1}, "images_seen is -1"),
+    ({"elapsed_seconds": float("nan")}, "elapsed_seconds is nan"),
+    ({"num_images": True}, "num_images is missing or no int"),
+    ({"config": {"out": torch.zeros(2)}}, "config holds other things than plain values"),
+    ({"model_arguments": {1: 2}}, "model_arguments holds other things"),
+    ({"pending_metrics": [{"loss": "high"}]}, "pending_metrics holds other things than numbers"),
+    ({"pending_metrics": [3]}, "pending_metrics holds other things than numbers"),
+])
+def test_a_state_of_another_form_is_refused_by_name(tmp_path, change, named):
+    path = tmp_path / "x.pt"
+    torch.save({"format": 2, "step": 1, **STATE, **change}, path)
+    with pytest.raises(CheckpointError, match=f"x.pt: not a checkpoint of this program: {named}"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("saved", "said"), [
+    ({"a": torch.zeros(2)}, r"net: 'b' is missing"),
+    ({"a": torch.zeros(2), "b": {"c": torch.ones(())}, "d": 1}, r"net: 'd' is not part of it"),
+    ({"a": torch.zeros(3), "b": {"c": torch.ones(())}}, r"net.a is torch.float32 of shape \(3,\), expected .*\(2,\)"),
+    ({"a": torch.zeros(2).half(), "b": {"c": torch.ones(())}}, r"net.a is torch.float16"),
+    ({"a": torch.zeros(2), "b": torch.ones(())}, r"net.b is no dict"),
+    ({"a": torch.zeros(2), "b": {"c": 1.0}}, r"net.b.c is no plain tensor"),
+    ({"a": torch.zeros(2, device="meta"), "b": {"c": torch.ones(())}}, r"net.a is no plain tensor"),
+    ({"a": torch.zeros(2).to_sparse(), "b": {"c": torch.ones(())}}, r"net.a is no plain tensor"),
+    ({"a": torch.zeros(1).expand(2), "b": {"c": torch.ones(())}}, r"net.a is not stored in full"),
+    ({"a": torch.tensor([1.0, float("inf")]), "b": {"c": torch.ones(())}}, r"net.a holds numbers that are not finite"),
+])
+def test_tensors_that_do_not_fit_are_refused_by_name(saved, said):
+    expected = {"a": torch.empty(2, device="meta"), "b": {"c": torch.empty((), device="meta")}}
+    check_tensors({"a": torch.zeros(2), "b": {"c": torch.ones(())}}, expected, "net")
+    with pytest.raises(CheckpointError, match=said):
+        check_tensors(saved, expected, "net")
+
+
+def test_a_generator_comes_from_a_file_or_from_the_newest_in_a_run_folder(tmp_path):
+    path = save_checkpoint(tmp_path / "checkpoints", 3, STATE, keep=1)
+    for source in (path, tmp_path, str(tmp_path)):
+        vae = load_generator(source)
+        assert all(torch.equal(value, STATE["averaged"][name]) for name, value in vae.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in vae.parameters())
+    with pytest.raises(CheckpointError, match="no checkpoints below it"):
+        load_generator(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="nowhere: no such file"):
+        load_generator(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ({"image_size": 100}, "image_size must be one of"),
+    ({"latent_dim": 9}, "expected torch.float32 of shape"),
+    ({"base_channels": 10**6}, "expected torch.float32 of shape"),  # and no memory was taken for it
+    ({"num_frames": 10**9}, "expected torch.float32 of shape"),
+    ({"base_channels": "2"}, "model_arguments"),
+    ({"output_layer": "os.system"}, "output_layer"),
+    ({"device": "cuda"}, "device"),
+])
+def test_a_generator_is_not_built_before_the_file_is_known_to_hold_it(tmp_path, arguments, said):
+    path = save_checkpoint(tmp_path, 1, STATE | {"model_arguments": MODEL | arguments}, keep=1)
+    with pytest.raises(CheckpointError, match=f"step_0000001.pt: .*{said}") as caught:
+        load_generator(path)
+    assert "\n" not in str(caught.value)
