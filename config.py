@@ -19,6 +19,8 @@ class Config:
     demo: bool = _option(False, "data", "draw a small folder of images and train on it, at settings that suit a laptop")
     image_size: int = _option(128, "data", "side of the square images", choices=IMAGE_SIZES)
     cache_dir: str = _option("cache", "data", "where decoded images are kept", metavar="DIR")
+    check_data: bool = _option(False, "data", "decode every image, report on the folder, then stop")
+    skip_bad: bool = _option(False, "data", "go on without the files that cannot be read")
     augment: bool = _option(False, "data", "show the critic mirrored, shifted, zoomed and toned images, real and "
                                            "generated alike; for sets of few images")
 

@@ -3,14 +3,14 @@
 Every image is decoded once, into a memory-mapped file of uint8 pixels; training only ever indexes that.
 uint8 exists only here and where pictures are written.
 """
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -20,9 +20,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
+from safe_files import free_bytes, hold_folder, remove_leftovers, whole_file
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "MPO")  # whatever the extension claims
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CHUNK = 512  # images decoded between two writes to the cache
 
 
@@ -36,6 +38,18 @@ class ImageSet(NamedTuple):
     images: torch.Tensor  # (M, C, H, W) uint8, memory-mapped: read it, do not write to it
     folder: pathlib.Path
     class_counts: dict  # name of the first folder below `folder` ("" for the folder itself) to number of images
+    skipped: dict  # name of a file that cannot be read, below `folder`, to the reason
+
+
+class Facts(NamedTuple):
+    """What was found out about a file by decoding it; of one that cannot be read only `name` and `fault`."""
+
+    name: str  # below the folder
+    fault: str | None = None
+    width: int = 0
+    height: int = 0
+    mode: str = ""  # Pillow's
+    digest: bytes = b""  # of the decoded pixels
 
 
 class _Files(ImageFolder):
@@ -65,9 +79,15 @@ def find_images(folder):
     if not folder.is_dir():
         raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}, a folder of images is needed. {layout}")
     try:
-        return sorted(pathlib.Path(path) for path, _ in _Files(folder).samples)
+        found = sorted(pathlib.Path(path) for path, _ in _Files(folder).samples)
     except FileNotFoundError:
         raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)}). {layout}") from None
+    # A link to a folder above it shows the same files again and again.
+    first = {}
+    for parent in sorted({path.parent for path in found}, key=lambda parent: (len(parent.parts), parent)):
+        first.setdefault(parent.resolve(), parent)
+    once = set(first.values())
+    return [path for path in found if path.parent in once]
 
 
 def decode_image(path, size):
@@ -79,11 +99,19 @@ def decode_image(path, size):
     Raises:
         DataError: the file is no picture, or a broken one; the message says why, in one line.
     """
+    return _decode(path, size)[0]
+
+
+def _decode(path, size):
+    """decode_image, and the width, height and mode of the file."""
+    if not path.is_file():
+        raise DataError("not a file" if path.exists() else "a link to nowhere" if path.is_symlink() else "no such file")
     try:
         with Image.open(path, formats=PILLOW_FORMATS) as image:
+            facts = image.width, image.height, image.mode
             image.draft("RGB", (2 * size, 2 * size))  # JPEG only: skip detail that resizing would drop
             image = _to_rgb(ImageOps.exif_transpose(image))
-            return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)).contiguous()
+            return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)).contiguous(), *facts
     except Exception as error:  # Pillow's plugins raise whatever their parsers do
         reason = str(error).replace(str(path), "").replace("''", "the file").strip() or type(error).__name__
         raise DataError(reason) from None
@@ -102,37 +130,66 @@ def _to_rgb(image):
     return image.convert("RGB")
 
 
-def load_images(folder, size, *, cache_dir):
+def load_images(folder, size, *, cache_dir, skip_bad=False):
     """Returns the ImageSet of a folder, from the cache, which is built first where there is none.
 
     The cache is keyed by the names, sizes and times of the files and by the image size: a changed folder is read again.
-    It appears under its name only when it is whole, so runs that start together at worst build it twice.
+    It appears under its name only when it is whole. Of runs that start together one builds it, and the others wait.
 
     Args:
         folder: as for find_images.
         size: pixels.
         cache_dir: where the cache is kept; made where it is missing.
+        skip_bad: go on without the files that cannot be read.
 
     Raises:
-        DataError: as find_images; unreadable images, all of them by name; no room for the cache.
+        DataError: as find_images; unreadable images, all of them by name; the cache cannot be written.
     """
+    folder, paths, cache = _find_cache(folder, size, cache_dir)
+    bad = _skipped(cache, len(paths), size, skip_bad)
+    if bad is None:
+        with _cache_held(cache):
+            bad = _skipped(cache, len(paths), size, skip_bad)  # another process may have built it meanwhile
+            if bad is None:
+                bad = {facts.name: facts.fault for facts in _build_cache(cache, folder, paths, size) if facts.fault}
+    check_readable(folder, bad, len(paths), skip_bad=skip_bad)
+    paths = [path for path in paths if str(path.relative_to(folder)) not in bad]
+    shape = torch.Size((len(paths), 3, size, size))
+    images = torch.from_file(str(cache), size=shape.numel(), dtype=torch.uint8).view(shape)
+    counts = Counter((*path.relative_to(folder).parts[:-1], "")[0] for path in paths)
+    return ImageSet(images, folder, counts, bad)
+
+
+def decode_folder(folder, size, *, cache_dir):
+    """Decodes every image of a folder, keeps them as the cache, and returns the Facts of each; as load_images otherwise."""
+    folder, paths, cache = _find_cache(folder, size, cache_dir)
+    with _cache_held(cache):
+        return _build_cache(cache, folder, paths, size)
+
+
+def check_readable(folder, bad, num_files, *, skip_bad):
+    """Raises DataError with all names and reasons in `bad`, if there are any; with skip_bad, only if no image is left."""
+    if bad and (not skip_bad or len(bad) == num_files):
+        choice = "mend or remove them" + ("" if len(bad) == num_files else ", or go on without them (--skip-bad)")
+        raise DataError("\n".join([f"{len(bad)} of {num_files} images in {folder} cannot be read; {choice}:",
+                                   *(f"  {name}: {reason}" for name, reason in bad.items())]))
+
+
+def _find_cache(folder, size, cache_dir):
     paths = find_images(folder)
     folder = pathlib.Path(folder).expanduser().resolve()
-    shape = (len(paths), 3, size, size)
-    cache = pathlib.Path(cache_dir) / f"{folder.name}-{size}px-{_fingerprint(folder, paths, size)}.uint8"
-    if not cache.exists():
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"--cache-dir: {error}") from None
-        _write_cache(cache, folder, paths, size)
-    num_bytes = torch.Size(shape).numel()
-    images = torch.from_file(str(cache), size=num_bytes, dtype=torch.uint8).view(shape)
-    counts = {}
-    for path in paths:
-        name = (*path.relative_to(folder).parts[:-1], "")[0]
-        counts[name] = counts.get(name, 0) + 1
-    return ImageSet(images, folder, counts)
+    name = f"{folder.name[:40]}-{size}px-{_fingerprint(folder, paths, size)}.uint8"
+    return folder, paths, pathlib.Path(cache_dir) / name
+
+
+def _skipped(cache, num_files, size, skip_bad):
+    """Returns the files that were left out of a cache, with the reasons; None where there is no cache to use."""
+    try:
+        bad = json.loads(cache.with_suffix(".json").read_text())
+        whole = cache.stat().st_size == (num_files - len(bad)) * 3 * size * size
+    except (OSError, ValueError):
+        return None
+    return bad if whole and (skip_bad or not bad) else None  # unless skipped, they are tried again
 
 
 def _fingerprint(folder, paths, size):
@@ -149,38 +206,45 @@ def _size_and_time(path):
     return facts.st_size, facts.st_mtime_ns
 
 
-def _write_cache(cache, folder, paths, size):
-    needed, free = len(paths) * 3 * size * size, shutil.disk_usage(cache.parent).free
-    if needed > free:
-        raise DataError(f"the cache of {len(paths)} images at {size} px needs {needed:,} bytes in {cache.parent}, "
-                        f"{free:,} are free; --cache-dir names another place")
-    bad = {}
-
-    def decode(path):
-        try:
-            return decode_image(path, size)
-        except DataError as error:
-            bad[path] = str(error)
-
-    descriptor, temporary = tempfile.mkstemp(dir=cache.parent, prefix=f"{cache.name}.", suffix=".tmp")
+@contextlib.contextmanager
+def _cache_held(cache):
     try:
-        with (open(descriptor, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(),
-              tqdm(total=len(paths), desc="decoding", unit="image", disable=None) as progress):
-            warnings.simplefilter("ignore")  # Pillow's remarks on single files; what cannot be read is raised below
-            for start in range(0, len(paths), CHUNK):
-                for image in pool.map(decode, paths[start:start + CHUNK]):
-                    if image is not None:
-                        file.write(image.numpy().data)
-                    progress.update()
-            file.flush()
-            os.fsync(file.fileno())
-        if bad:
-            lines = [f"  {path.relative_to(folder)}: {bad[path]}" for path in sorted(bad)]
-            raise DataError(f"{len(bad)} of {len(paths)} images in {folder} cannot be read; mend or remove them:\n"
-                            + "\n".join(lines))
-        os.replace(temporary, cache)
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with hold_folder(cache.parent, busy=lambda: tqdm.write(f"waiting for another process that fills {cache.parent}")):
+            remove_leftovers(cache.parent)
+            yield
+    except OSError as error:
+        raise DataError(f"--cache-dir: {error}") from None
+
+
+def _build_cache(cache, folder, paths, size):
+    """Decodes all files into the cache; returns the Facts of each."""
+    needed = len(paths) * 3 * size * size
+    if needed > free_bytes(cache.parent):
+        raise DataError(f"the cache of {len(paths)} images at {size} px needs {needed:,} bytes in {cache.parent}, "
+                        f"{free_bytes(cache.parent):,} are free; --cache-dir names another place")
+
+    def read(path):
+        name = str(path.relative_to(folder))
+        try:
+            pixels, *facts = _decode(path, size)
+        except DataError as error:
+            return Facts(name, str(error)), b""
+        pixels = pixels.numpy().tobytes()
+        return Facts(name, None, *facts, hashlib.blake2b(pixels, digest_size=16).digest()), pixels
+
+    found = []
+    with (whole_file(cache, bytes_needed=needed) as file, ThreadPoolExecutor(os.cpu_count()) as pool,
+          warnings.catch_warnings(), tqdm(total=len(paths), desc="decoding", unit="image", disable=None) as progress):
+        warnings.simplefilter("ignore")  # Pillow's remarks on single files; what cannot be read is told by its Facts
+        for start in range(0, len(paths), CHUNK):
+            for facts, pixels in pool.map(read, paths[start:start + CHUNK]):
+                found.append(facts)
+                file.write(pixels)
+                progress.update()
+    with whole_file(cache.with_suffix(".json")) as file:
+        file.write(json.dumps({facts.name: facts.fault for facts in found if facts.fault}).encode())
+    return found
 
 
 def batch_indices(num_images, position, batch_size, *, seed):

@@ -14,6 +14,10 @@ import torch.distributed as dist
 PATIENCE = datetime.timedelta(days=1)  # the others wait while rank 0 decodes a large folder; torchrun ends them if it fails
 
 
+class LeaderError(RuntimeError):
+    """Rank 0 cannot go on, and has said why; the others leave in silence."""
+
+
 def start(device):
     """Joins the processes that torchrun has started, if it has."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -33,14 +37,29 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def restarted():
+    """Whether torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 @contextlib.contextmanager
 def lead_first():
-    """Within this context rank 0 works alone; the others do the same after it, and find what it has made."""
+    """Within this context rank 0 works alone; the others do the same after it, and find what it has made.
+
+    Raises:
+        LeaderError: in the others, where rank 0 has left with an error.
+    """
     if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and dist.is_initialized():
-        dist.barrier()
+        if any_of(False):
+            raise LeaderError
+        yield
+        return
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        any_of(failed)
 
 
 def own_part(batch):

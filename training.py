@@ -22,11 +22,14 @@ import config as configuration
 import parallel
 from acceleration import CapturedUpdate, accelerate
 from augmentation import RANDOM_NUMBERS, augment
-from checkpointing import CheckpointError, load_checkpoint, load_newest, remove_leftovers, save_checkpoint
+from checkpointing import CheckpointError, check_tensors, load_checkpoint, load_newest, save_checkpoint
+from data_report import report
 from demo_images import draw_demo_images
 from image_data import (
     DataError,
     batch_indices,
+    check_readable,
+    decode_folder,
     load_images,
     random_generator,
     take,
@@ -35,16 +38,17 @@ from image_data import (
 )
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
-from run_folder import RunFolderError, append_metrics, choose_run_folder, prepare_run_folder, save_grid
+from run_folder import RunFolderError, append_metrics, choose_run_folder, open_run_folder, save_grid
 
 DEMO_FOLDER = pathlib.Path("demo_images")
 ADAM_BETAS = (0.0, 0.9)  # Gulrajani et al. 2017: momentum in the critic's gradient unsettles the penalty
 EMA_RAMP = 0.05  # the half-life of the average is at most this part of the images seen
-SAVED_PARTS = ("generator", "averaged", "critic", "generator_optimizer", "critic_optimizer")
+NETWORKS = ("generator", "averaged", "critic")
+OPTIMIZERS = ("generator_optimizer", "critic_optimizer")
 NUM_SAMPLES = 64
 COLUMNS = 8  # of the grids
-MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "device", "compile", "cache_dir", "log_every",
-              "sample_every", "checkpoint_every", "keep_checkpoints"}
+MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "check_data", "skip_bad", "device", "compile",
+              "cache_dir", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"}
 
 
 class TrainingError(ValueError):
@@ -146,31 +150,21 @@ class Trainer:
         return self.generator_optimizer, self.critic_optimizer
 
     def state(self):
-        return {name: getattr(self, name).state_dict() for name in SAVED_PARTS}
+        """Returns what a checkpoint has to hold, as nested dicts of the tensors themselves."""
+        return ({name: getattr(self, name).state_dict() for name in NETWORKS}
+                | {name: getattr(self, name).state_dict()["state"] for name in OPTIMIZERS})
 
     def load_state(self, state):
         """Takes over a saved state, after checking that all of it fits; rates and the like stay those of the config.
 
         Raises:
-            CheckpointError: what is missing, of the wrong shape or not finite.
+            CheckpointError: what is missing, of another shape or type, or not finite.
         """
-        try:
-            for name in SAVED_PARTS[:3]:
-                getattr(self, name).load_state_dict(state[name])
-            for name in SAVED_PARTS[3:]:
-                optimizer = getattr(self, name)
-                # load_state_dict checks no shapes, and fused Adam would write past the end of a tensor that is too small.
-                for index, moments in state[name]["state"].items():
-                    parameter = optimizer.param_groups[0]["params"][index]
-                    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-                    if {key: value.shape for key, value in moments.items()} != shapes:
-                        raise ValueError(f"{name}, parameter {index}: moments of another shape")
-                own = optimizer.state_dict()
-                optimizer.load_state_dict(own | {"state": own["state"] | state[name]["state"]})
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint does not fit these networks: {' '.join(str(error).split())}") from None
-        if not _all_finite(state):
-            raise CheckpointError("the checkpoint holds numbers that are not finite")
+        own = self.state()
+        for name, expected in own.items():
+            check_tensors(state[name], expected, name)
+        with torch.no_grad():
+            _copy(state, own)
 
     def num_parameters(self):
         return [sum(p.numel() for p in network.parameters()) for network in (self.generator, self.critic)]
@@ -184,6 +178,15 @@ class Trainer:
 
     def _augment(self, images, transform):
         return augment(images, transform) if self.config.augment else images
+
+
+def _copy(source, target):
+    """Copies nested dicts of tensors into others, in place."""
+    for name, tensor in target.items():
+        if isinstance(tensor, dict):
+            _copy(source[name], tensor)
+        else:
+            tensor.copy_(source[name])
 
 
 def _adam(network, learning_rate):
@@ -217,7 +220,7 @@ def _optimize(optimizer, loss, metrics):
 
 
 def train(config, *, interrupt=None):
-    """Trains as `config` says and returns the run folder.
+    """Trains as `config` says and returns the run folder, or None where only the data was to be checked.
 
     Args:
         config: a Config.
@@ -229,6 +232,8 @@ def train(config, *, interrupt=None):
         TrainingError: a loss or a gradient is not finite, from which step on.
     """
     config.check()
+    if config.check_data:
+        return _check_data(config)
     interrupt = interrupt or Interrupt()
     device = _pick_device(config.device)
     parallel.start(device)
@@ -236,11 +241,10 @@ def train(config, *, interrupt=None):
         raise TrainingError(f"--batch-size: must be a multiple of {parallel.world_size()}, the number of processes, "
                             f"got {config.batch_size}")
     with parallel.lead_first():
-        data_folder = draw_demo_images(DEMO_FOLDER) if config.demo else pathlib.Path(config.data).expanduser()
-        config = dataclasses.replace(config, data=str(data_folder.resolve()))
+        config = dataclasses.replace(config, data=str(_data_folder(config)))
         out, state = _find_run(config)
         config = _settle(config, state, device)
-        data = load_images(config.data, config.image_size, cache_dir=config.cache_dir)
+        data = load_images(config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad)
         trainer = Trainer(config, device)
         if state:
             trainer.load_state(state)
@@ -256,8 +260,7 @@ def train(config, *, interrupt=None):
         metrics = _train_step(trainer, images, run.step, run.images_seen)
         _say("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
         return out
-    run.open()
-    with interrupt.deferred(), run.progress:
+    with run.opened(), interrupt.deferred():
         if run.step == 0 and run.leads:
             run.draw_samples()
         while run.step < run.total_steps and not parallel.any_of(bool(interrupt.received)):
@@ -320,9 +323,36 @@ def _accelerate(trainer, images):
         accelerate(trainer, batches, compiled=compiled, capture=CapturedUpdate if captured else None, report=_say)
 
 
+def _data_folder(config):
+    folder = draw_demo_images(DEMO_FOLDER) if config.demo else pathlib.Path(config.data).expanduser()
+    return folder.resolve()
+
+
+def _check_data(config):
+    folder = _data_folder(config)
+    found = decode_folder(folder, config.image_size, cache_dir=config.cache_dir)
+    _say(report(folder, config.image_size, found))
+    bad = {facts.name: facts.fault for facts in found if facts.fault}
+    check_readable(folder, bad, len(found), skip_bad=config.skip_bad)
+    _say_skipped(bad)
+
+
+def _say_skipped(bad):
+    if bad:
+        _say("\n".join([f"warning: goes on without {len(bad)} files that cannot be read:",
+                        *(f"  {name}: {reason}" for name, reason in bad.items())]))
+
+
 def _say(text):
+    """Prints a line. Whether anybody reads it is no matter of life and death: a run goes on after its terminal has gone."""
     if parallel.rank() == 0:
-        tqdm.write(text)
+        with contextlib.suppress(OSError):
+            tqdm.write(_printable(text))
+
+
+def _printable(text):
+    """Names of files and texts of checkpoints may hold what a terminal would obey, or could not show."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 class _Run:
@@ -351,6 +381,7 @@ class _Run:
              f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
              f"{config.precision} on {self.trainer.device}\n"
              f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
+        _say_skipped(data.skipped)
         if len(data.images) != self.num_images_before:
             _say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
         if len(data.images) < config.batch_size:
@@ -361,41 +392,48 @@ class _Run:
             _say(f"memory  {self.trainer.state_bytes():,} bytes of weights and optimizer state; "
                  "a checkpoint takes as much on the disk")
 
-    def open(self):
-        """Makes the run folder ready and starts the clock."""
-        if self.leads:
-            remove_leftovers(self.out / "checkpoints")
-            prepare_run_folder(self.out, dataclasses.asdict(self.config), step=self.step,
-                               bytes_needed=self.trainer.state_bytes() * (self.config.keep_checkpoints + 1))
+    @contextlib.contextmanager
+    def opened(self):
+        """Within this context the run folder is held and ready, and the clock runs."""
+        with contextlib.ExitStack() as held:
+            with parallel.lead_first():
+                if self.leads:
+                    held.enter_context(open_run_folder(
+                        self.out, dataclasses.asdict(self.config), step=self.step,
+                        bytes_needed=self.trainer.state_bytes() * (self.config.keep_checkpoints + 1)))
             seed = self.config.seed
             self.noise = torch.randn(NUM_SAMPLES, self.config.latent_dim, generator=random_generator(seed, "samples"))
             first = batch_indices(len(self.data.images), 0, NUM_SAMPLES, seed=seed)
             self.reals = take(self.data.images, first, torch.device("cpu"))
-            save_grid(self.reals, self.out / "reals.png", columns=COLUMNS)
-        self.progress = tqdm(total=self.total_steps * self.images_per_step, initial=self.step * self.images_per_step,
-                             unit=" images", unit_scale=True, smoothing=0.05, disable=None if self.leads else True)
-        self.opened = self.last_log = time.perf_counter()
-        self.steps_since_last_log = 0
+            if self.leads:
+                save_grid(self.reals, self.out / "reals.png", columns=COLUMNS)
+            self.progress = tqdm(total=self.total_steps * self.images_per_step, unit=" images", unit_scale=True,
+                                 initial=self.step * self.images_per_step, smoothing=0.05,
+                                 disable=None if self.leads else True)
+            self.start = self.last_log = time.perf_counter()
+            self.steps_since_last_log = 0
+            with self.progress:
+                yield
 
     def record(self, metrics):
         """Counts one step."""
         self.step += 1
         self.steps_since_last_log += 1
         self.images_seen += self.images_per_step
-        if self.leads:
-            self.pending.append(metrics)
+        self.pending.append(metrics)
         self.progress.update(self.images_per_step)
 
     def write_what_is_due(self, *, ending=False):
-        """Logs, saves and draws after a step where it is time to; at the end, saves and draws where it was not."""
-        if not self.leads:
-            return
+        """Logs, saves and draws after a step where it is time to; at the end, saves and draws where it was not.
+
+        All processes look for what is not finite, which is the same in all of them, and so stop together; rank 0 writes.
+        """
         config = self.config
         if self.step % config.log_every == 0 and not ending:
             self.log()
         if (self.step % config.checkpoint_every == 0) != ending:
             self.save()
-        if (self.step % config.sample_every == 0) != ending:
+        if (self.step % config.sample_every == 0) != ending and self.leads:
             self.draw_samples()
 
     def log(self):
@@ -404,6 +442,8 @@ class _Run:
         now = time.perf_counter()
         speed = self.steps_since_last_log * self.images_per_step / (now - self.last_log)
         self.pending, self.last_log, self.steps_since_last_log = [], now, 0
+        if not self.leads:
+            return
         append_metrics(self.out, {"step": self.step, "images": self.images_seen, **metrics,
                                   "images_per_second": round(speed, 2), "elapsed_seconds": round(self._elapsed(), 2)})
         shown = {"W": metrics["wasserstein_distance"], "GP": metrics["gradient_penalty"]}
@@ -429,7 +469,7 @@ class _Run:
         return means
 
     def _elapsed(self):
-        return self.elapsed_seconds + time.perf_counter() - self.opened
+        return self.elapsed_seconds + time.perf_counter() - self.start
 
     @torch.no_grad()
     def draw_samples(self):
@@ -458,6 +498,8 @@ class _Run:
         state = self.trainer.state()
         if not _all_finite(state):
             raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
+        if not self.leads:
+            return
         save_checkpoint(self.out / "checkpoints", self.step, {
             "images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
             "config": dataclasses.asdict(self.config), "model_arguments": self.config.model_arguments(),
@@ -466,9 +508,9 @@ class _Run:
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a request to finish the step, save and leave; a second one leaves at once.
+    """Turns Ctrl-C, SIGTERM and the loss of the terminal into a request to finish the step, save and leave.
 
-    Handles the signals only inside its own `with`.
+    A second Ctrl-C leaves at once. Handles the signals only inside its own `with`.
     """
 
     def __init__(self):
@@ -476,7 +518,11 @@ class Interrupt:
         self._deferred = False
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        self._on_terminal = os.isatty(2)
         return self
 
     def __exit__(self, *_):
@@ -493,8 +539,11 @@ class Interrupt:
             self._deferred = False
 
     def _handle(self, number, frame):
-        if self.received and parallel.world_size() == 1:  # torchrun passes on what a process may have had already
+        # torchrun passes on what a process may have had already, and so does a shell that is closed.
+        if self.received and number == signal.SIGINT and parallel.world_size() == 1:
             os._exit(128 + number)
+        if self._on_terminal and number == getattr(signal, "SIGHUP", None):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the progress bar has nowhere to go
         self.received = number
         if not self._deferred:
             raise KeyboardInterrupt
@@ -530,12 +579,15 @@ def _find_run(config):
     """Returns the run folder and the state to go on from, None at the start of a run."""
     identity = {"data": config.data, **config.model_arguments()}
     name = "demo" if config.demo else pathlib.Path(config.data).name
-    out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=config.fresh)
+    fresh = config.fresh and not parallel.restarted()
+    out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh)
+    if out.resolve().is_relative_to(config.data):
+        raise RunFolderError(f"--out: {out} is inside --data {config.data}, and its pictures would be trained on")
     state = load_newest(out / "checkpoints", report=_say)
     if config.resume:
         if state is None:
             state = load_checkpoint(config.resume)
-        elif state["config"]["resume"] != config.resume:
+        elif state["config"].get("resume") != config.resume:
             raise RunFolderError(f"--resume: {out} already holds a run; name a new folder with --out")
     return out, state
 
@@ -543,12 +595,14 @@ def _find_run(config):
 def _settle(config, state, device):
     """Returns the config with its precision chosen, once for a run; refuses another model, reports other changes."""
     if state:
-        saved = state["config"]
-        faults = [f"{configuration.option_name(name)}: this run has {saved[name]}, got {value}; --out names another folder"
-                  for name, value in config.model_arguments().items() if saved[name] != value]
+        saved, model = state["config"], state["model_arguments"]
+        faults = [f"{configuration.option_name(name)}: this run has {model.get(name)}, got {value}; --out names another "
+                  "folder" for name, value in config.model_arguments().items() if model.get(name) != value]
         if faults:
             raise CheckpointError("\n".join(faults))
         if config.precision == "auto":
+            if saved.get("precision") not in ("float32", "bfloat16"):
+                raise CheckpointError(f"the checkpoint has no precision that is known: {saved.get('precision')}")
             config = dataclasses.replace(config, precision=saved["precision"])
         for name, value in dataclasses.asdict(config).items():
             if name not in MAY_CHANGE and saved.get(name) != value:
@@ -572,16 +626,26 @@ def _all_finite(value):
 def main(arguments=None):
     config = configuration.from_command_line(arguments)
     _keep_freed_memory()
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a log can be followed, and holds any name
+    status = 0
     with Interrupt() as interrupt:
         try:
             train(config, interrupt=interrupt)
             parallel.stop()
+        except parallel.LeaderError:
+            status = 2
         except (TrainingError, RunFolderError, DataError, CheckpointError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 2
+            status = 2
+            if parallel.rank() == 0 or not isinstance(error, TrainingError):  # which all processes meet at once
+                print(_printable(str(error)), file=sys.stderr)
         except KeyboardInterrupt:
-            print("stopped while preparing; nothing was left half done", file=sys.stderr)
-    return 128 + interrupt.received if interrupt.received else 0
+            if parallel.rank() == 0:
+                print("stopped while preparing; nothing was left half done", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status or (128 + interrupt.received if interrupt.received else 0)
 
 
 if __name__ == "__main__":

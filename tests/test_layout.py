@@ -13,16 +13,18 @@ MAY_IMPORT = {
     "model_definitions": {"torch", "synthetic_video"},
     "losses": {"torch"},
     "augmentation": {"torch", "synthetic_video"},
-    "image_data": {"torch", "torchvision", "PIL", "tqdm"},
+    "safe_files": {"filelock"},
+    "image_data": {"torch", "torchvision", "PIL", "tqdm", "safe_files"},
+    "data_report": set(),
     "demo_images": {"PIL", "tqdm"},
-    "checkpointing": {"torch"},
-    "run_folder": {"torchvision"},
+    "checkpointing": {"torch", "model_definitions", "safe_files"},
+    "run_folder": {"torchvision", "safe_files"},
     "acceleration": {"torch", "parallel"},
     "parallel": {"torch"},
     "training": {"torch", "tqdm", "config", "synthetic_video", "model_definitions", "losses", "augmentation", "image_data",
-                 "demo_images", "checkpointing", "run_folder", "acceleration", "parallel"},
+                 "data_report", "demo_images", "checkpointing", "run_folder", "acceleration", "parallel"},
 }
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
 
 
 def imported(path):
