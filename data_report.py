@@ -44,7 +44,7 @@ def _names(title, lines):
 
 
 def _other_files(folder, taken):
-    for path in folder.rglob("*"):
+    for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and str(name) not in taken and not any(part.startswith(".") for part in name.parts):
             yield path.suffix.lower() or "no ending"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from safe_files import free_bytes, hold_folder, remove_leftovers, whole_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "MPO")  # whatever the extension claims
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # whatever the extension claims
 CACHE_VERSION = 2
 CHUNK = 512  # images decoded between two writes to the cache
 
@@ -113,7 +113,7 @@ def _decode(path, size):
             image = _to_rgb(ImageOps.exif_transpose(image))
             return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)).contiguous(), *facts
     except Exception as error:  # Pillow's plugins raise whatever their parsers do
-        reason = str(error).replace(str(path), "").replace("''", "the file").strip() or type(error).__name__
+        reason = str(error).replace(repr(str(path)), "").strip(" :") or type(error).__name__
         raise DataError(reason) from None
 
 

@@ -10,6 +10,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 PATIENCE = datetime.timedelta(days=1)  # the others wait while rank 0 decodes a large folder; torchrun ends them if it fails
 
@@ -21,7 +22,11 @@ class LeaderError(RuntimeError):
 def start(device):
     """Joins the processes that torchrun has started, if it has."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        store, own_rank, number = next(rendezvous("env://", timeout=PATIENCE))
+        # torchrun keeps the store when it starts the processes again, and in it the addresses of those that are gone.
+        store = dist.PrefixStore(f"attempt {_restarts()}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, store=store,
+                                rank=own_rank, world_size=number)
 
 
 def stop():
@@ -39,7 +44,11 @@ def world_size():
 
 def restarted():
     """Whether torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _restarts() > 0
+
+
+def _restarts():
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 @contextlib.contextmanager

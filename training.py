@@ -339,7 +339,7 @@ def _check_data(config):
 
 def _say_skipped(bad):
     if bad:
-        _say("\n".join([f"warning: goes on without {len(bad)} files that cannot be read:",
+        _say("\n".join([f"warning: {len(bad)} files cannot be read and are left out:",
                         *(f"  {name}: {reason}" for name, reason in bad.items())]))
 
 

@@ -1,8 +1,10 @@
 """Small drawn image folders, tiny runs and processes of their own, shared by the tests."""
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pathlib
 import random
+import signal
 import sys
 import time
 
@@ -66,23 +68,29 @@ def wait_until(condition, timeout=60):
         time.sleep(0.02)
 
 
+def forking():
+    """Processes forked from one that has imported everything already, which saves six seconds for each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training"])
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    multiprocessing.forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+    return context
+
+
 class Child:
     """A function, and then training.py with its arguments, in a process of its own.
 
-    It is forked from a process that has imported everything already, which saves six seconds for each. What it writes to
-    stdout and stderr is in the files `out` and `err`.
+    What it writes to stdout and stderr is in the files `out` and `err`.
     """
 
     def __init__(self, *arguments, first=None, environment=(), name="child"):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["training"])
-        before = os.environ.get("PYTHONPATH", "")
-        os.environ["PYTHONPATH"] = str(ROOT)  # read by the process that is forked, when the first Child starts it
         self.out, self.err = (pathlib.Path(f"{name}.{kind}").resolve() for kind in ("out", "err"))
-        self._process = context.Process(target=_run_child, daemon=True, args=(
+        self._process = forking().Process(target=_run_child, daemon=True, args=(
             os.getcwd(), dict(environment), self.out, self.err, first, list(map(str, arguments))))
         self._process.start()
-        os.environ["PYTHONPATH"] = before
         self.pid = self._process.pid
 
     def wait(self, timeout=60):
@@ -100,6 +108,8 @@ def _run_child(folder, environment, out, err, first, arguments):
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever pytest was started by
     if first:
         first()
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)

@@ -58,6 +58,17 @@ def test_a_signal_finishes_the_step_saves_and_leaves(image_folder, train_tiny, n
     assert_goes_on_exactly(train_tiny, stopped + 2)
 
 
+def ignore_hang_ups():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_under_nohup_a_closed_terminal_is_no_matter(image_folder):
+    child = started(image_folder, first=ignore_hang_ups, steps=200)
+    os.kill(child.pid, signal.SIGHUP)
+    assert child.wait() == 0
+    assert newest(RUN)["step"] == 200
+
+
 def take_terminal(name):
     os.setsid()
     for number in (0, 1, 2):

@@ -2,10 +2,12 @@ import csv
 import math
 import os
 import pathlib
+import shutil
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from conftest import save_picture
+from conftest import forking, save_picture
 from PIL import Image
 
 import image_data
@@ -92,6 +94,8 @@ def test_only_the_first_frame_of_an_animation_is_read(tmp_path):
     for name in ("x.gif", "x.webp", "x.png"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
         assert decode_image(tmp_path / name, 32)[:, 5, 5].tolist() == pytest.approx([255, 0, 0], abs=5)
+    frames[0].save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=frames[1:])  # as telephones write them
+    assert decode_image(tmp_path / "x.jpg", 32)[:, 5, 5].tolist() == pytest.approx([255, 0, 0], abs=5)
 
 
 def break_files(folder):
@@ -102,7 +106,8 @@ def break_files(folder):
     (folder / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     Image.new("RGB", (8, 8)).save(folder / "paint.png", format="PCX")  # Pillow could read it; only common formats are
     (folder / "link.png").symlink_to("nowhere.png")
-    return ["cut.png", "drawing.png", "empty.jpg", "link.png", "page.png", "paint.png"]
+    os.mkfifo(folder / "pipe.png")  # whoever opened it would wait for ever
+    return ["cut.png", "drawing.png", "empty.jpg", "link.png", "page.png", "paint.png", "pipe.png"]
 
 
 def test_broken_files_are_all_named_with_the_reason(tmp_path):
@@ -110,9 +115,59 @@ def test_broken_files_are_all_named_with_the_reason(tmp_path):
     with pytest.raises(DataError) as caught:
         load_images(tmp_path / "set", 32, cache_dir=tmp_path / "cache")
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("6 of 7 images in")
+    assert lines[0].startswith("7 of 8 images in")
+    assert lines[0].endswith("mend or remove them, or go on without them (--skip-bad):")
     assert [line.split(":")[0].strip() for line in lines[1:]] == broken
-    assert all(len(line.split(":", 1)[1]) > 5 for line in lines[1:])
+    assert "image file" in lines[1]
+    assert [line.split(": ")[1] for line in lines[2:]] == [
+        *2 * ["cannot identify image file"], "a link to nowhere", *2 * ["cannot identify image file"], "not a file"]
+
+
+def test_broken_files_can_be_skipped_and_are_tried_again_where_they_are_not(tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    broken = break_files(folder)
+    Image.new("RGB", (40, 40), "white").save(folder / "a.png")
+    data = load_images(folder, 32, cache_dir=tmp_path / "cache", skip_bad=True)
+    assert sorted(data.skipped) == broken
+    assert data.class_counts == {"": 2}
+    assert data.images.shape == (2, 3, 32, 32)
+    assert data.images.amax(dim=(1, 2, 3)).tolist() == [255, 0]  # a.png, whole.png
+    with monkeypatch.context() as patched:
+        patched.setattr(image_data, "_decode", None)
+        again = load_images(folder, 32, cache_dir=tmp_path / "cache", skip_bad=True)
+    assert torch.equal(again.images, data.images)
+    assert again.skipped == data.skipped
+    decode = image_data._decode
+    monkeypatch.setattr(image_data, "_decode", lambda path, size: decode(folder / "whole.png", size))  # as if mended
+    assert len(load_images(folder, 32, cache_dir=tmp_path / "cache").images) == 9
+
+
+def test_a_folder_of_broken_files_alone_is_refused_also_where_they_may_be_skipped(tmp_path):
+    break_files(tmp_path / "set")
+    (tmp_path / "set" / "whole.png").unlink()
+    for _ in range(2):  # decoding, and from what is left of it
+        with pytest.raises(DataError, match="7 of 7 images in .*; mend or remove them:"):
+            load_images(tmp_path / "set", 32, cache_dir=tmp_path / "cache", skip_bad=True)
+
+
+def test_a_folder_reached_in_two_ways_counts_once(tmp_path):
+    save_picture(tmp_path / "set" / "cats" / "a.png")
+    save_picture(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "set" / "cats" / "round").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "dogs").symlink_to(tmp_path / "elsewhere")
+    assert names(tmp_path / "set") == ["cats/a.png", "dogs/b.png"]
+
+
+def test_a_cache_that_has_been_cut_is_built_again(image_folder, tmp_path):
+    first = load_images(image_folder, 32, cache_dir=tmp_path / "cache").images.clone()
+    (cache,) = (tmp_path / "cache").glob("*.uint8")
+    os.truncate(cache, 5_000)
+    assert torch.equal(load_images(image_folder, 32, cache_dir=tmp_path / "cache").images, first)
+
+
+def test_a_folder_with_the_longest_name_there_is_can_be_cached(tmp_path):
+    save_picture(tmp_path / ("ü" * 127) / "a.png")
+    assert len(load_images(tmp_path / ("ü" * 127), 32, cache_dir=tmp_path / "cache").images) == 1
 
 
 def test_images_are_decoded_once_and_then_read_from_the_cache(image_folder, tmp_path, monkeypatch):
@@ -121,7 +176,7 @@ def test_images_are_decoded_once_and_then_read_from_the_cache(image_folder, tmp_
     assert sum(first.class_counts.values()) == 10
     for image, path in zip(first.images, find_images(image_folder), strict=True):
         assert torch.equal(image, decode_image(path, 32))
-    monkeypatch.setattr(image_data, "decode_image", None)
+    monkeypatch.setattr(image_data, "_decode", None)
     assert torch.equal(load_images(image_folder, 32, cache_dir=tmp_path / "cache").images, first.images)
 
 
@@ -136,10 +191,7 @@ def test_a_changed_folder_or_size_is_decoded_again(image_folder, tmp_path):
 
 
 def test_runs_that_start_together_do_not_spoil_the_cache(image_folder, tmp_path):
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(3, mp_context=forking()) as pool:
         sums = list(pool.map(_load_sum, [(image_folder, tmp_path / "cache")] * 3))
     assert len(set(sums)) == 1
     assert len(list((tmp_path / "cache").glob("*.uint8"))) == 1
@@ -196,7 +248,7 @@ def test_what_is_taken_has_0_and_255_as_0_and_1():
 
 @pytest.mark.skipif(MESSY is None, reason="needs a folder of awkward files beside the project")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_awkward_files_behave_as_their_manifest_says():
+def test_awkward_files_behave_as_their_manifest_says(tmp_path):
     found = set(find_images(MESSY))
     for row in csv.DictReader((MESSY / "MANIFEST.csv").read_text().splitlines()):
         path = (MESSY / row["path"]).resolve()
@@ -209,6 +261,18 @@ def test_awkward_files_behave_as_their_manifest_says():
                 decode_image(path, 64)
         else:
             assert decode_image(path, 64).shape == (3, 64, 64)
+        alone = tmp_path / "alone"
+        alone.mkdir()
+        (alone / path.name).symlink_to(path)
+        if row["expected"].startswith("unreadable"):
+            with pytest.raises(DataError, match="1 of 1 images"):
+                load_images(alone, 64, cache_dir=tmp_path / "cache", skip_bad=True)
+        else:
+            assert torch.equal(load_images(alone, 64, cache_dir=tmp_path / "cache").images[0], decode_image(path, 64))
+        shutil.rmtree(alone)
+    data = load_images(MESSY, 64, cache_dir=tmp_path / "cache", skip_bad=True)
+    assert {name.split("/")[0] for name in data.skipped} == {"broken"}
+    assert len(data.skipped) == 7
     grey = decode_image(MESSY / "drawn" / "dog_16bit_grey.png", 64).float()
     assert grey.std() > 20
     assert not math.isclose(grey.mean(), 255, abs_tol=10)

@@ -1,60 +1,57 @@
+import functools
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from conftest import TINY
-from test_training import metrics, newest
+from conftest import ROOT, TINY, Child, tiny_arguments, wait_until
+from test_training import assert_same, metrics, newest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Three steps in float64, from the same data; every process leaves its metrics, its gradients and what it ends with.
-STEPS = """
-import sys
-import torch
-import parallel, training
+import parallel
+import training
 from config import Config
 
-parallel.start(torch.device("cpu"))
-config = Config(data="x", **{settings})
-trainer = training.Trainer(config, torch.device("cpu"))
-for network in (trainer.generator, trainer.critic, trainer.averaged):
-    network.double()
-trainer.critic_optimizer = training._adam(trainer.critic, 1e-3)
-trainer.generator_optimizer = training._adam(trainer.generator, 1e-3)
-for tensor in trainer.tensors():
-    tensor += parallel.rank()  # to be put right by the others hearing from rank 0
-parallel.broadcast_(trainer.tensors())
-generator = torch.Generator().manual_seed(0)
-images = torch.randint(256, (10, 3, 32, 32), generator=generator, dtype=torch.uint8)
-torch.set_default_dtype(torch.float64)
-found = []
-for step in range(3):
-    batch = training._critic_batch(trainer, images, step, 0, 4 * step)
-    assert len(batch[0]) * parallel.world_size() == 4
-    found.append(trainer.critic_update(*(tensor.double() for tensor in batch)))
-    batch = training._generator_batch(trainer, batch[0], step, 4 * step + 4)
-    found.append(trainer.generator_update(*(tensor.double() for tensor in batch)))
-    found.append(trainer.gradients())
-torch.save([found, trainer.tensors()], sys.argv[1] + str(parallel.rank()))
-parallel.stop()
-"""
 
-
-def run_processes(number, *arguments):
-    """Runs Python with the arguments in so many processes, as torchrun would."""
+def run_processes(number, *arguments, first=None, status=0):
+    """Runs training.py, or `first`, in so many processes, as torchrun would; returns them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number),
-                          "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(number)]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
-    return outputs
+    children = [Child(*arguments, first=first, name=f"rank{rank}", environment={
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port)}) for rank in range(number)]
+    assert [child.wait() for child in children] == number * [status], [child.err.read_text() for child in children]
+    return children
+
+
+def take_steps(name):
+    """Three steps in float64, from the same data; every process leaves its metrics, its gradients and what it ends with."""
+    parallel.start(torch.device("cpu"))
+    trainer = training.Trainer(Config(data="x", **TINY), torch.device("cpu"))
+    for network in (trainer.generator, trainer.critic, trainer.averaged):
+        network.double()
+    trainer.critic_optimizer = training._adam(trainer.critic, 1e-3)
+    trainer.generator_optimizer = training._adam(trainer.generator, 1e-3)
+    for tensor in trainer.tensors():
+        tensor += parallel.rank()  # to be put right by the others hearing from rank 0
+    parallel.broadcast_(trainer.tensors())
+    images = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    torch.set_default_dtype(torch.float64)
+    found = []
+    for step in range(3):
+        batch = training._critic_batch(trainer, images, step, 0, 4 * step)
+        assert len(batch[0]) * parallel.world_size() == 4
+        found.append(trainer.critic_update(*(tensor.double() for tensor in batch)))
+        batch = training._generator_batch(trainer, batch[0], step, 4 * step + 4)
+        found.append(trainer.generator_update(*(tensor.double() for tensor in batch)))
+        found.append(trainer.gradients())
+    torch.save([found, trainer.tensors()], f"{name}{parallel.rank()}")
+    parallel.stop()
 
 
 def flat(nested):
@@ -64,9 +61,8 @@ def flat(nested):
 
 
 def test_two_processes_take_the_steps_of_one_with_the_joined_batch():
-    code = STEPS.replace("{settings}", repr(TINY))
-    run_processes(2, "-c", code, "two")
-    run_processes(1, "-c", code, "one")
+    run_processes(2, first=functools.partial(take_steps, "two"))
+    run_processes(1, first=functools.partial(take_steps, "one"))
     one, first, second = (torch.load(name, weights_only=True) for name in ("one0", "two0", "two1"))
     assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
     for alone, together in zip(flat(one), flat(first), strict=True):
@@ -75,22 +71,123 @@ def test_two_processes_take_the_steps_of_one_with_the_joined_batch():
 
 
 def test_a_run_in_two_processes_writes_one_log_and_one_checkpoint_and_goes_on_alone(image_folder, train_tiny):
-    options = [part for name, value in TINY.items() for part in ("--" + name.replace("_", "-"), value)]
-    arguments = [ROOT / "training.py", "--data", image_folder, *options, "--steps", "4", "--out", "two"]
-    (said, _), (silent, errors) = run_processes(2, *arguments)
-    assert "done: 4 steps" in said
-    assert (silent, errors) == ("", "")
-    alone = train_tiny(steps=4, out="one")
-    assert os.listdir("two/checkpoints") == os.listdir("one/checkpoints") == ["step_0000004.pt"]
+    leader, other = run_processes(2, "--data", image_folder, *tiny_arguments(steps=10), "--out", "two")
+    assert "done: 10 steps" in leader.out.read_text()
+    assert (other.out.read_text(), other.err.read_text()) == ("", "")
+    alone = train_tiny(steps=10, out="one")
+    assert os.listdir("two/checkpoints") == os.listdir("one/checkpoints") == ["step_0000010.pt"]
     two, one = newest(pathlib.Path("two")), newest(alone)
     for name, value in one["averaged"].items():
-        torch.testing.assert_close(two["averaged"][name], value, rtol=1e-3, atol=1e-4)
-    assert [line["step"] for line in metrics(pathlib.Path("two"))] == [2, 4]
+        torch.testing.assert_close(two["averaged"][name], value, rtol=1e-2, atol=1e-3)
+    assert [line["step"] for line in metrics(pathlib.Path("two"))] == [2, 4, 6, 8, 10]
     last, expected = metrics(pathlib.Path("two"))[-1], metrics(alone)[-1]
-    assert last["reconstruction"] == pytest.approx(expected["reconstruction"], rel=1e-3)
-    assert newest(train_tiny(steps=5, out="two"))["step"] == 5
+    assert last["reconstruction"] == pytest.approx(expected["reconstruction"], rel=1e-2)
+    assert newest(train_tiny(steps=11, out="two"))["step"] == 11
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_refused(image_folder):
-    with pytest.raises(AssertionError, match="--batch-size: must be a multiple of 2, the number of processes, got 3"):
-        run_processes(2, ROOT / "training.py", "--data", image_folder, "--batch-size", "3")
+# When things go wrong
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--data", "nowhere"], "nowhere is missing, a folder of images is needed"),
+    (["--data", "images", "--batch-size", "3"], "--batch-size: must be a multiple of 2, the number of processes, got 3"),
+    (["--data", "images", "--out", "/proc/nowhere"], "--out: "),
+])
+def test_what_one_process_refuses_ends_the_others_and_is_said_once(image_folder, arguments, said):
+    leader, other = run_processes(2, *tiny_arguments(), *arguments, status=2)
+    (line,) = leader.err.read_text().splitlines()
+    assert said in line
+    assert (other.out.read_text(), other.err.read_text()) == ("", "")
+
+
+def poison_the_third_update_of_rank_1():
+    real = training.Trainer.critic_update
+
+    def update(self, images, *rest):
+        update.calls += 1
+        return real(self, images * float("nan") if update.calls == 3 and parallel.rank() == 1 else images, *rest)
+
+    update.calls = 0
+    training.Trainer.critic_update = update
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_said_once(image_folder):
+    leader, other = run_processes(2, "--data", image_folder, *tiny_arguments(steps=9, checkpoint_every=2),
+                                  first=poison_the_third_update_of_rank_1, status=2)
+    (line,) = leader.err.read_text().splitlines()
+    assert line.startswith("step 3: critic_loss is nan")
+    assert (other.out.read_text(), other.err.read_text()) == ("", "")
+    state = newest(pathlib.Path("runs/images"))
+    assert state["step"] == 2
+    assert all(tensor.isfinite().all() for name in training.NETWORKS for tensor in state[name].values())
+
+
+# training.py, but one of its processes breaks in the middle of the fifth step, unless torchrun has started it again
+BREAKING = """
+import os, sys
+sys.path.insert(0, {root!r})
+import parallel, training
+real, calls = training.Trainer.generator_update, []
+
+def update(self, *arguments):
+    calls.append(1)
+    if len(calls) == 5 and parallel.rank() == 1 and not parallel.restarted():
+        raise RuntimeError("this process broke")
+    return real(self, *arguments)
+
+training.Trainer.generator_update = update
+sys.exit(training.main())
+"""
+
+
+def torchrun(*arguments):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                             *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def is_running(folder):
+    """Whether a process has the folder in its command line."""
+    commands = (path.read_bytes() for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if path.parent.exists())
+    return any(os.fsencode(folder) in command for command in commands)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_process_that_breaks_brings_the_others_down_with_its_traceback(image_folder):
+    pathlib.Path("breaking.py").write_text(BREAKING.format(root=str(ROOT)))
+    process = torchrun("breaking.py", "--data", image_folder, *tiny_arguments(checkpoint_every=2))
+    wait_until(pathlib.Path("runs/images/checkpoints").exists)
+    begin = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 60
+    assert process.returncode == 1
+    assert "RuntimeError: this process broke" in err
+    assert not is_running(image_folder)
+    assert newest(pathlib.Path("runs/images"))["step"] == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_sigterm_to_torchrun_stops_all_at_the_same_step_and_saves_once(image_folder):
+    process = torchrun(ROOT / "training.py", "--data", image_folder, *tiny_arguments(log_every=1, steps=100_000))
+    run = pathlib.Path("runs/images")
+    wait_until((run / "metrics.jsonl").exists)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=25)  # after 30 seconds torchrun would kill what is left
+    assert process.returncode != 0
+    stopped = newest(run)["step"]
+    assert f"stopped after step {stopped}, saved" in out
+    assert metrics(run)[-1]["step"] == stopped
+    assert os.listdir(run / "checkpoints") == [f"step_{stopped:07d}.pt"]
+    assert not is_running(image_folder)
+
+
+@pytest.mark.nightly
+def test_a_run_that_torchrun_starts_again_ends_as_one_that_never_broke(image_folder):
+    pathlib.Path("breaking.py").write_text(BREAKING.format(root=str(ROOT)))
+    settings = tiny_arguments(steps=8, log_every=1, checkpoint_every=3)
+    process = torchrun("--max-restarts", "1", "breaking.py", "--data", image_folder, *settings, "--fresh")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert os.listdir("runs") == ["images"]
+    run_processes(2, "--data", image_folder, *settings, "--out", "straight")
+    assert_same(newest(pathlib.Path("straight")), newest(pathlib.Path("runs/images")))
+    assert metrics(pathlib.Path("straight")) == metrics(pathlib.Path("runs/images"))

@@ -235,6 +235,23 @@ def test_stopping_at_any_step_and_running_again_gives_the_same_run(train_tiny, c
     assert (straight / last).read_bytes() == (resumed / last).read_bytes()
 
 
+def test_a_resumed_run_takes_the_same_images_and_the_same_numbers_in_the_same_order(train_tiny, monkeypatch):
+    taken = []
+    for name in ("critic_update", "generator_update"):
+        def update(self, *arguments, real=getattr(training.Trainer, name)):
+            taken.append(copy.deepcopy(arguments))
+            return real(self, *arguments)
+
+        monkeypatch.setattr(training.Trainer, name, update)
+    train_tiny(steps=6, out="straight", augment=True)
+    straight = taken[:]
+    taken.clear()
+    for steps in (3, 6):
+        train_tiny(steps=steps, out="cut", augment=True)
+    assert len(taken) == 12
+    assert_same([list(arguments) for arguments in straight], [list(arguments) for arguments in taken])
+
+
 def test_the_comparison_above_notices_a_lost_position(train_tiny):
     straight = train_tiny(steps=6, out="straight")
     cut = train_tiny(steps=3, out="cut")

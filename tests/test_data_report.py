@@ -1,0 +1,62 @@
+import pathlib
+
+import pytest
+from conftest import save_picture, tiny_arguments
+
+import training
+from image_data import load_images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, with a small, a broken and a doubled file, and two that are no pictures."""
+    for index in range(3):
+        save_picture(tmp_path / "set" / "cats" / f"{index}.png", size=(50, 40), color=(index, 0, 0))
+    save_picture(tmp_path / "set" / "dogs" / "grey.png", "L", size=(33, 32), color=7)
+    save_picture(tmp_path / "set" / "dogs" / "small.jpg", size=(20, 50), color=(90, 90, 90))
+    save_picture(tmp_path / "set" / "dogs" / "again.png", size=(80, 64), color=(1, 0, 0))
+    (tmp_path / "set" / "dogs" / "page.png").write_text("<html>")
+    (tmp_path / "set" / "dogs" / "raw.HEIC").write_text("x")
+    (tmp_path / "set" / "notes").write_text("x")
+    return tmp_path / "set"
+
+
+def test_the_report_says_what_is_there_and_what_may_be_wrong(folder, capfd):
+    assert training.main(["--data", str(folder), *tiny_arguments(), "--check-data"]) == 2
+    out, err = capfd.readouterr()
+    assert out.splitlines() == [
+        f"{folder}: 7 images, 1 of them cannot be read",
+        "class: cats (3), dogs (3)",
+        "width x height: 50 x 40 (3), 80 x 64 (1), 33 x 32 (1), 20 x 50 (1)",
+        "mode: RGB (5), L (1)",
+        "passed over, by kind: .heic (1), no ending (1)",
+        "smaller than 32 px, enlarged: 1",
+        "  dogs/small.jpg: 20 x 50",
+        "the same picture as another: 1",
+        "  dogs/again.png: as cats/1.png",
+    ]
+    assert err.splitlines()[0].startswith("1 of 7 images in")
+    assert err.splitlines()[1] == "  dogs/page.png: cannot identify image file"
+    assert not pathlib.Path("runs").exists()
+
+
+def test_what_the_check_has_read_is_the_cache(folder, monkeypatch, capfd):
+    assert training.main(["--data", str(folder), *tiny_arguments(), "--check-data", "--skip-bad"]) == 0
+    said = capfd.readouterr().out
+    assert "warning: 1 files cannot be read and are left out:\n  dogs/page.png: " in said
+    monkeypatch.setattr("image_data._decode", None)
+    assert len(load_images(folder, 32, cache_dir="cache", skip_bad=True).images) == 6
+    assert training.main(["--data", str(folder), *tiny_arguments(steps=1), "--skip-bad"]) == 0
+    assert "6 images in 2 classes" in capfd.readouterr().out
+
+
+def test_long_lists_are_cut_with_their_length(tmp_path, capfd):
+    for index in range(30):
+        save_picture(tmp_path / "set" / f"{index:02}.png", size=(8 + index, 8), color=(index, 0, 0))
+    assert training.main(["--data", str(tmp_path / "set"), *tiny_arguments(), "--check-data"]) == 0
+    said = capfd.readouterr().out
+    assert "8 x 8 (1)" in said
+    assert "(1) and 10 others" in said
+    assert "smaller than 32 px, enlarged: 30\n  00.png: 8 x 8\n" in said
+    assert "  and 10 more\n" in said
+    assert "class: no class (30)" in said
