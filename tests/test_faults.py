@@ -63,10 +63,10 @@ def ignore_hang_ups():
 
 
 def test_under_nohup_a_closed_terminal_is_no_matter(image_folder):
-    child = started(image_folder, first=ignore_hang_ups, steps=200)
+    child = started(image_folder, first=ignore_hang_ups, steps=40)
     os.kill(child.pid, signal.SIGHUP)
     assert child.wait() == 0
-    assert newest(RUN)["step"] == 200
+    assert newest(RUN)["step"] == 40
 
 
 def take_terminal(name):

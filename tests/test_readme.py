@@ -71,9 +71,21 @@ def _written(code):
 def test_files_and_options_that_it_names_exist():
     for name in re.findall(r"`?((?:tests/|benchmarks/)?\w+\.py)`|(docs/\w+\.\w+)", README):
         assert (ROOT / "".join(name)).exists(), name
-    options = set(re.findall(r"(--[a-z][a-z-]+)", README)) - {"--nproc-per-node"}  # which is torchrun's
+    options = set(re.findall(r"(--[a-z][a-z-]+)", README)) - {"--nproc-per-node", "--max-restarts"}  # torchrun's
     known = set(re.findall(r"(--[a-z][a-z-]+)", training.configuration.parser().format_help()))
     assert options <= known
+
+
+@pytest.mark.nightly
+def test_the_oldest_packages_that_are_allowed_do(tmp_path):
+    subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"], check=True)
+    lines = "\n".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt"))
+    oldest = re.findall(r"(?m)^[a-z]+>=.*$", lines)
+    python = tmp_path / "oldest" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", *(line.replace(">=", "==") for line in oldest)], check=True)
+    done = subprocess.run([python, "-m", "pytest"], cwd=tmp_path / "clone", check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.nightly
