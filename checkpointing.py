@@ -106,7 +106,8 @@ def _fault(state):
             return f"{name} holds other things than plain values"
     for metrics in state["pending_metrics"]:
         if not (isinstance(metrics, dict) and all(isinstance(name, str) for name in metrics)
-                and all(isinstance(value, torch.Tensor) and value.shape == () for value in metrics.values())):
+                and all(isinstance(value, torch.Tensor) and value.shape == () and value.is_floating_point()
+                        for value in metrics.values())):
             return "pending_metrics holds other things than numbers"
     return None
 

@@ -54,11 +54,19 @@ def _saved_config(folder):
 
 
 @contextlib.contextmanager
-def open_run_folder(folder, config, *, step, bytes_needed):
-    """Within this context the folder is this run's alone: config.json is written, and nothing is there from after `step`.
+def open_run_folder(folder, config, *, step, checkpoints, bytes_needed):
+    """Within this context the folder is this run's alone: config.json is written, the log ends where the run goes on.
+
+    Args:
+        folder: as chosen by choose_run_folder.
+        config: what config.json is to hold.
+        step: where the run goes on.
+        checkpoints: those that were there when this was found out, in order.
+        bytes_needed: by the checkpoints of the run.
 
     Raises:
-        RunFolderError: fewer bytes are free than will be needed; it cannot be written to; another process trains there.
+        RunFolderError: fewer bytes are free than will be needed; it cannot be written to; another process trains there, or
+            has trained there since.
     """
     bytes_needed -= sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
     if bytes_needed > free_bytes(folder):
@@ -68,6 +76,8 @@ def open_run_folder(folder, config, *, step, bytes_needed):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(hold_folder(folder, busy=lambda: _refuse(folder)))
+            if sorted(folder.glob("checkpoints/*.pt")) != sorted(checkpoints):
+                _refuse(folder)
             for place in (folder, *folder.glob("*/")):
                 remove_leftovers(place)
             _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -80,7 +90,7 @@ def open_run_folder(folder, config, *, step, bytes_needed):
 
 
 def _refuse(folder):
-    raise RunFolderError(f"--out: another process trains in {folder}; wait for it, or start beside it with --fresh")
+    raise RunFolderError(f"--out: another process is training in {folder}; wait for it, or start beside it with --fresh")
 
 
 def _lines_up_to(step, text):

@@ -22,7 +22,7 @@ import config as configuration
 import parallel
 from acceleration import CapturedUpdate, accelerate
 from augmentation import RANDOM_NUMBERS, augment
-from checkpointing import CheckpointError, check_tensors, load_checkpoint, load_newest, save_checkpoint
+from checkpointing import CheckpointError, check_tensors, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from data_report import report
 from demo_images import draw_demo_images
 from image_data import (
@@ -242,14 +242,14 @@ def train(config, *, interrupt=None):
                             f"got {config.batch_size}")
     with parallel.lead_first():
         config = dataclasses.replace(config, data=str(_data_folder(config)))
-        out, state = _find_run(config)
+        out, checkpoints, state = _find_run(config)
         config = _settle(config, state, device)
         data = load_images(config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad)
         trainer = Trainer(config, device)
         if state:
             trainer.load_state(state)
     parallel.broadcast_(trainer.tensors())
-    run = _Run(config, trainer, data, out, state)
+    run = _Run(config, trainer, data, out, checkpoints, state)
     run.describe()
     if run.step >= run.total_steps and not config.dry_run:
         _say(f"{out} has all of its {run.step} steps: nothing is left to do. A larger --steps goes on from here")
@@ -260,7 +260,8 @@ def train(config, *, interrupt=None):
         metrics = _train_step(trainer, images, run.step, run.images_seen)
         _say("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
         return out
-    with run.opened(), interrupt.deferred():
+    with run.opened():
+        interrupt.defer()
         if run.step == 0 and run.leads:
             run.draw_samples()
         while run.step < run.total_steps and not parallel.any_of(bool(interrupt.received)):
@@ -358,8 +359,8 @@ def _printable(text):
 class _Run:
     """A run in progress: where it stands, and what it leaves in its folder."""
 
-    def __init__(self, config, trainer, data, out, state):
-        self.config, self.trainer, self.data, self.out = config, trainer, data, out
+    def __init__(self, config, trainer, data, out, checkpoints, state):
+        self.config, self.trainer, self.data, self.out, self.checkpoints = config, trainer, data, out, checkpoints
         self.leads = parallel.rank() == 0
         self.step = self.images_seen = 0
         self.elapsed_seconds = 0.0
@@ -399,7 +400,7 @@ class _Run:
             with parallel.lead_first():
                 if self.leads:
                     held.enter_context(open_run_folder(
-                        self.out, dataclasses.asdict(self.config), step=self.step,
+                        self.out, dataclasses.asdict(self.config), step=self.step, checkpoints=self.checkpoints,
                         bytes_needed=self.trainer.state_bytes() * (self.config.keep_checkpoints + 1)))
             seed = self.config.seed
             self.noise = torch.randn(NUM_SAMPLES, self.config.latent_dim, generator=random_generator(seed, "samples"))
@@ -529,14 +530,9 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def deferred(self):
-        """Within this context a signal is only noted; outside it ends what is being prepared."""
+    def defer(self):
+        """From here on a signal is only noted; up to here it ends what is being prepared."""
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
 
     def _handle(self, number, frame):
         # torchrun passes on what a process may have had already, and so does a shell that is closed.
@@ -576,20 +572,21 @@ def _pick_device(name):
 
 
 def _find_run(config):
-    """Returns the run folder and the state to go on from, None at the start of a run."""
+    """Returns the run folder, the checkpoints in it, and the state to go on from, None at the start of a run."""
     identity = {"data": config.data, **config.model_arguments()}
     name = "demo" if config.demo else pathlib.Path(config.data).name
     fresh = config.fresh and not parallel.restarted()
     out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh)
     if out.resolve().is_relative_to(config.data):
         raise RunFolderError(f"--out: {out} is inside --data {config.data}, and its pictures would be trained on")
+    checkpoints = list_checkpoints(out / "checkpoints")
     state = load_newest(out / "checkpoints", report=_say)
     if config.resume:
         if state is None:
             state = load_checkpoint(config.resume)
         elif state["config"].get("resume") != config.resume:
             raise RunFolderError(f"--resume: {out} already holds a run; name a new folder with --out")
-    return out, state
+    return out, checkpoints, state
 
 
 def _settle(config, state, device):
@@ -626,7 +623,8 @@ def _all_finite(value):
 def main(arguments=None):
     config = configuration.from_command_line(arguments)
     _keep_freed_memory()
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a log can be followed, and holds any name
+    if sys.stdout:
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a log can be followed, and holds any name
     status = 0
     with Interrupt() as interrupt:
         try:
@@ -642,9 +640,9 @@ def main(arguments=None):
             if parallel.rank() == 0:
                 print("stopped while preparing; nothing was left half done", file=sys.stderr)
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:  # nobody reads it any more; Python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status or (128 + interrupt.received if interrupt.received else 0)
 
 

@@ -220,12 +220,28 @@ def test_a_disk_that_fills_up_is_named_and_leaves_the_checkpoint_before(image_fo
 
 def test_two_processes_do_not_train_in_one_folder(image_folder, train_tiny):
     child = started(image_folder)
-    with pytest.raises(RunFolderError, match="--out: another process trains in runs/images.*--fresh"):
+    with pytest.raises(RunFolderError, match="--out: another process is training in runs/images.*--fresh"):
         train_tiny(steps=1)
     assert train_tiny(steps=1, fresh=True) == pathlib.Path("runs/images-2")
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert newest(train_tiny(steps=1, out=str(RUN)))["step"] == 1
+
+
+def test_a_run_that_another_process_took_further_in_the_meantime_is_left_alone(train_tiny, monkeypatch):
+    run = train_tiny(steps=2)
+    log, load = (run / "metrics.jsonl").read_text(), training.load_images
+
+    def meanwhile(*arguments, **keywords):
+        monkeypatch.setattr(training, "load_images", load)
+        train_tiny(steps=4)
+        return load(*arguments, **keywords)
+
+    monkeypatch.setattr(training, "load_images", meanwhile)
+    with pytest.raises(RunFolderError, match="another process is training in runs/images"):
+        train_tiny(steps=6)
+    assert (run / "metrics.jsonl").read_text().startswith(log)
+    assert newest(train_tiny(steps=5))["step"] == 5
 
 
 @pytest.mark.parametrize(("option", "error"), [("out", RunFolderError), ("cache_dir", DataError)])
