@@ -301,7 +301,9 @@ class Discriminator(nn.Module):
         convolutions = [layer for layer in self.blocks if isinstance(layer, nn.Conv2d)]
         with torch.no_grad():
             for convolution in convolutions:
-                pooled, indices = F.max_pool2d(convolution(features), 2, return_indices=True)
+                # Detached: autocast in torch 2.10 would keep the weights that it casts here, without gradient, for below.
+                maps = F.conv2d(features, convolution.weight.detach(), convolution.bias.detach(), padding=1)
+                pooled, indices = F.max_pool2d(maps, 2, return_indices=True)
                 features = pooled.relu()
                 with plain:
                     path.append(F.max_unpool2d((pooled > 0).to(pooled.dtype), indices, 2))

@@ -1,6 +1,7 @@
 import functools
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from config import Config
 
 
 def run_processes(number, *arguments, first=None, status=0):
-    """Runs training.py, or `first`, in so many processes, as torchrun would; returns them."""
+    """Runs training.py, or `first`, in so many processes, as torchrun would; returns each one's stdout and stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,7 +27,7 @@ def run_processes(number, *arguments, first=None, status=0):
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port)}) for rank in range(number)]
     assert [child.wait() for child in children] == number * [status], [child.err.read_text() for child in children]
-    return children
+    return [(re.sub(r"(?m)^\[Gloo\].*\n", "", child.out.read_text()), child.err.read_text()) for child in children]
 
 
 def take_steps(name):
@@ -72,8 +73,8 @@ def test_two_processes_take_the_steps_of_one_with_the_joined_batch():
 
 def test_a_run_in_two_processes_writes_one_log_and_one_checkpoint_and_goes_on_alone(image_folder, train_tiny):
     leader, other = run_processes(2, "--data", image_folder, *tiny_arguments(steps=10), "--out", "two")
-    assert "done: 10 steps" in leader.out.read_text()
-    assert (other.out.read_text(), other.err.read_text()) == ("", "")
+    assert "done: 10 steps" in leader[0]
+    assert other == ("", "")
     alone = train_tiny(steps=10, out="one")
     assert os.listdir("two/checkpoints") == os.listdir("one/checkpoints") == ["step_0000010.pt"]
     two, one = newest(pathlib.Path("two")), newest(alone)
@@ -95,9 +96,9 @@ def test_a_run_in_two_processes_writes_one_log_and_one_checkpoint_and_goes_on_al
 ])
 def test_what_one_process_refuses_ends_the_others_and_is_said_once(image_folder, arguments, said):
     leader, other = run_processes(2, *tiny_arguments(), *arguments, status=2)
-    (line,) = leader.err.read_text().splitlines()
+    (line,) = leader[1].splitlines()
     assert said in line
-    assert (other.out.read_text(), other.err.read_text()) == ("", "")
+    assert other == ("", "")
 
 
 def poison_the_third_update_of_rank_1():
@@ -114,9 +115,9 @@ def poison_the_third_update_of_rank_1():
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_said_once(image_folder):
     leader, other = run_processes(2, "--data", image_folder, *tiny_arguments(steps=9, checkpoint_every=2),
                                   first=poison_the_third_update_of_rank_1, status=2)
-    (line,) = leader.err.read_text().splitlines()
+    (line,) = leader[1].splitlines()
     assert line.startswith("step 3: critic_loss is nan")
-    assert (other.out.read_text(), other.err.read_text()) == ("", "")
+    assert other == ("", "")
     state = newest(pathlib.Path("runs/images"))
     assert state["step"] == 2
     assert all(tensor.isfinite().all() for name in training.NETWORKS for tensor in state[name].values())
