@@ -48,8 +48,6 @@ def assert_goes_on_exactly(train_tiny, steps, **settings):
 def test_a_signal_finishes_the_step_saves_and_leaves(image_folder, train_tiny, number, status):
     child = started(image_folder, first=os.setsid)
     os.killpg(child.pid, number)
-    if number != signal.SIGINT:  # a second Ctrl-C is another matter
-        os.kill(child.pid, number)
     assert child.wait() == status
     assert child.err.read_text() == ""
     stopped = newest(RUN)["step"]
@@ -103,8 +101,8 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(image_folder):
 
 
 def test_output_is_handed_on_line_by_line(image_folder):
-    child = started(image_folder)
-    wait_until(lambda: "step 1/100000" in child.out.read_text())  # long before 8 KiB of it
+    child = Child("--data", image_folder, *tiny_arguments(log_every=100_000, steps=100_000))
+    wait_until(lambda: "10 images in 3 classes" in child.out.read_text())  # the first of three lines, while it trains
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
 
@@ -155,10 +153,11 @@ def in_the_middle_of_a_save(*numbers, step):
     torch.save = save
 
 
-def test_ctrl_c_in_the_middle_of_a_save_finishes_it(image_folder, train_tiny):
+@pytest.mark.parametrize(("numbers", "status"), [((signal.SIGINT,), 130), ((signal.SIGTERM, signal.SIGTERM), 143)])
+def test_a_signal_in_the_middle_of_a_save_finishes_it(image_folder, train_tiny, numbers, status):
     child = Child("--data", image_folder, *tiny_arguments(steps=9, log_every=1, checkpoint_every=2),
-                  first=functools.partial(in_the_middle_of_a_save, signal.SIGINT, step=4))
-    assert child.wait() == 130
+                  first=functools.partial(in_the_middle_of_a_save, *numbers, step=4))
+    assert child.wait() == status
     assert "stopped after step 4, saved" in child.out.read_text()
     assert newest(RUN)["step"] == 4
     assert_goes_on_exactly(train_tiny, 6)
