@@ -59,16 +59,16 @@ def lead_first():
         LeaderError: in the others, where rank 0 has left with an error.
     """
     if rank() > 0:
-        if any_of(False):
+        if largest(0):
             raise LeaderError
         yield
         return
-    failed = True
+    failed = 1
     try:
         yield
-        failed = False
+        failed = 0
     finally:
-        any_of(failed)
+        largest(failed)
 
 
 def own_part(batch):
@@ -93,10 +93,10 @@ def average_(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 
-def any_of(flag):
-    """Returns whether the flag is set in any process."""
+def largest(number):
+    """Returns the largest of the whole numbers that the processes have given."""
     if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags)  # on the CPU: no device is waited for
-    return bool(flags)
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)  # on the CPU: no device is waited for
+    return found.item()

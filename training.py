@@ -264,7 +264,7 @@ def train(config, *, interrupt=None):
         interrupt.defer()
         if run.step == 0 and run.leads:
             run.draw_samples()
-        while run.step < run.total_steps and not parallel.any_of(bool(interrupt.received)):
+        while run.step < run.total_steps and not interrupt.received_by_any():
             run.record(_train_step(trainer, images, run.step, run.images_seen))
             run.write_what_is_due()
         run.write_what_is_due(ending=True)
@@ -515,7 +515,7 @@ class Interrupt:
     """
 
     def __init__(self):
-        self.received = None
+        self.received = 0  # the number of the signal
         self._deferred = False
 
     def __enter__(self):
@@ -533,6 +533,13 @@ class Interrupt:
     def defer(self):
         """From here on a signal is only noted; up to here it ends what is being prepared."""
         self._deferred = True
+
+    def received_by_any(self):
+        """Whether any of the processes has received a signal; if so, all have."""
+        number = parallel.largest(self.received)
+        if number:  # one of our own may have come in the meantime, and is for the next step then
+            self.received = number
+        return number > 0
 
     def _handle(self, number, frame):
         # torchrun passes on what a process may have had already, and so does a shell that is closed.

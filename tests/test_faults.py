@@ -101,8 +101,8 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(image_folder):
 
 
 def test_output_is_handed_on_line_by_line(image_folder):
-    child = Child("--data", image_folder, *tiny_arguments(log_every=100_000, steps=100_000))
-    wait_until(lambda: "10 images in 3 classes" in child.out.read_text())  # the first of three lines, while it trains
+    child = Child("--data", image_folder, *tiny_arguments(log_every=100_000, steps=100_000))  # which says three lines
+    wait_until(lambda: child.out.exists() and "10 images" in child.out.read_text())
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
 

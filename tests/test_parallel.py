@@ -18,14 +18,19 @@ import training
 from config import Config
 
 
-def run_processes(number, *arguments, first=None, status=0):
-    """Runs training.py, or `first`, in so many processes, as torchrun would; returns each one's stdout and stderr."""
+def start_processes(number, *arguments, first=None):
+    """Starts training.py, or `first`, in so many processes, as torchrun would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [Child(*arguments, first=first, name=f"rank{rank}", environment={
+    return [Child(*arguments, first=first, name=f"rank{rank}", environment={
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port)}) for rank in range(number)]
+
+
+def run_processes(number, *arguments, first=None, status=0):
+    """Starts processes and waits for them; returns what each has written to stdout and stderr."""
+    children = start_processes(number, *arguments, first=first)
     assert [child.wait() for child in children] == number * [status], [child.err.read_text() for child in children]
     return [(re.sub(r"(?m)^\[Gloo\].*\n", "", child.out.read_text()), child.err.read_text()) for child in children]
 
@@ -121,6 +126,15 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_said_once(ima
     state = newest(pathlib.Path("runs/images"))
     assert state["step"] == 2
     assert all(tensor.isfinite().all() for name in training.NETWORKS for tensor in state[name].values())
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(image_folder):
+    children = start_processes(2, "--data", image_folder, *tiny_arguments(log_every=1, steps=100_000))
+    run = pathlib.Path("runs/images")
+    wait_until((run / "metrics.jsonl").exists)
+    os.kill(children[1].pid, signal.SIGTERM)
+    assert [child.wait() for child in children] == [143, 143]
+    assert newest(run)["step"] == metrics(run)[-1]["step"]
 
 
 # training.py, but one of its processes breaks in the middle of the fifth step, unless torchrun has started it again
