@@ -4,6 +4,7 @@ A file is taken for what a stranger may have made: nothing in it is used before 
 is ever used as a path or as code.
 """
 import pathlib
+import re
 import zipfile
 
 import torch
@@ -12,8 +13,9 @@ from model_definitions import VAE
 from safe_files import whole_file
 
 FORMAT = 2  # raised when a file of before can no longer be read
+LARGEST_OUTLINE = 2**18  # bytes of names and shapes; ours take a tenth of it, and millions of brackets would end Python
 SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "config": dict,
-          "model_arguments": dict, "pending_metrics": list, "generator": dict, "averaged": dict, "critic": dict,
+          "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict, "critic": dict,
           "generator_optimizer": dict, "critic_optimizer": dict}
 
 
@@ -53,12 +55,13 @@ def _num_bytes(state):
 
 
 def list_checkpoints(folder):
-    """Returns the checkpoints in a folder, oldest first."""
-    return sorted(pathlib.Path(folder).glob("step_*.pt"), key=_order)
+    """Returns the checkpoints in a folder, oldest first; other files that somebody keeps there are none."""
+    return sorted((path for path in pathlib.Path(folder).glob("step_*.pt")
+                   if re.fullmatch(r"step_\d{7,}\.pt", path.name) and path.is_file()), key=_order)
 
 
 def _order(path):
-    return len(path.name), path.name
+    return int(path.stem.removeprefix("step_"))
 
 
 def load_checkpoint(path):
@@ -72,10 +75,10 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         _check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _plain(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever the readers meet in a damaged or hostile file
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if type(state) is not dict or type(state.get("format")) is not int or state["format"] != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program, or of another version")
     if fault := _fault(state):
         raise CheckpointError(f"{path}: not a checkpoint of this program: {fault}")
@@ -87,8 +90,24 @@ def _check_archive(path):
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise ValueError("compressed")
+        if any(entry.filename.endswith("data.pkl") and entry.file_size > LARGEST_OUTLINE for entry in archive.infolist()):
+            raise ValueError("complicated")
         if archive.testzip():
             raise ValueError("damaged")
+
+
+def _plain(value, depth=4):
+    """Rebuilds dicts and lists from the built-in types themselves: an object of a derived type may answer as it likes."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor.detach(value)
+    if isinstance(value, dict) and depth:
+        items = dict.items(value)
+        if not all(type(key) in (str, int) for key, _ in items):
+            raise TypeError("keys")
+        return {key: _plain(item, depth - 1) for key, item in items}
+    if type(value) not in (int, float, bool, str, type(None)):
+        raise TypeError("values")
+    return value
 
 
 def _fault(state):
@@ -96,19 +115,21 @@ def _fault(state):
     for name in [*SCHEMA, *state]:
         if name not in SCHEMA:
             return f"{name!r:.80} is not part of one"
-        if not isinstance(state.get(name), SCHEMA[name]) or isinstance(state[name], bool):
+        if type(state.get(name)) is not SCHEMA[name]:
             return f"{name} is missing or no {SCHEMA[name].__name__}"
-        if SCHEMA[name] in (int, float) and not 0 <= state[name] < float("inf"):
-            return f"{name} is {state[name]!r:.80}"
+        if SCHEMA[name] in (int, float) and not 0 <= state[name] < 2**63:
+            return f"{name} is out of range"
     for name in ("config", "model_arguments"):
-        if not all(isinstance(key, str) and isinstance(value, bool | int | float | str | None)
-                   for key, value in state[name].items()):
+        if any(type(key) is not str or isinstance(value, dict | torch.Tensor) for key, value in state[name].items()):
             return f"{name} holds other things than plain values"
-    for metrics in state["pending_metrics"]:
-        if not (isinstance(metrics, dict) and all(isinstance(name, str) for name in metrics)
-                and all(isinstance(value, torch.Tensor) and value.shape == () and value.is_floating_point()
-                        for value in metrics.values())):
-            return "pending_metrics holds other things than numbers"
+    pending = state["pending_metrics"]
+    length = max((len(value) for value in pending.values() if isinstance(value, torch.Tensor) and value.dim()), default=0)
+    if length > state["step"]:
+        return f"pending_metrics is of {length} steps, of {state['step']} that were taken"
+    try:
+        check_tensors(pending, dict.fromkeys(pending, torch.empty(length, device="meta")), "pending_metrics")
+    except CheckpointError as error:
+        return str(error)
     return None
 
 
@@ -180,8 +201,8 @@ def load_generator(path, *, report=print):
     try:
         with torch.device("meta"):
             expected = VAE(**state["model_arguments"]).state_dict()
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: model_arguments: {' '.join(str(error).split()):.200}") from None
+    except Exception as error:  # whatever such arguments lead to
+        raise CheckpointError(f"{path}: model_arguments: {ascii(str(error))[1:200]}") from None
     try:
         check_tensors(state["averaged"], expected, "averaged")
     except CheckpointError as error:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import mmap
 import os
 import pathlib
 import warnings
@@ -16,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
-from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -52,24 +52,8 @@ class Facts(NamedTuple):
     digest: bytes = b""  # of the decoded pixels
 
 
-class _Files(ImageFolder):
-    """ImageFolder that also takes a flat folder, as the one class "", and passes over what file managers leave behind."""
-
-    def __init__(self, root):
-        self.hidden_below = len(pathlib.Path(root).parts)
-        super().__init__(root, is_valid_file=self._is_image)
-
-    def find_classes(self, directory):
-        return [""], {"": 0}
-
-    def _is_image(self, path):
-        parts = pathlib.Path(path).parts[self.hidden_below:]
-        junk = any(p.startswith((".", "__MACOSX", "@eaDir")) for p in parts[:-1]) or parts[-1].startswith("._")
-        return not junk and path.lower().endswith(EXTENSIONS)
-
-
 def find_images(folder):
-    """Returns the paths of all images below a folder, sorted: ImageFolder's class folders, or a flat folder.
+    """Returns the paths of all images below a folder, sorted: class folders as ImageFolder has them, or a flat folder.
 
     Raises:
         DataError: no such folder, or no images in it.
@@ -78,16 +62,28 @@ def find_images(folder):
     layout = f"Put images below it, in one folder ({folder}/a.jpg) or in one folder for each class ({folder}/cats/a.jpg)."
     if not folder.is_dir():
         raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}, a folder of images is needed. {layout}")
-    try:
-        found = sorted(pathlib.Path(path) for path, _ in _Files(folder).samples)
-    except FileNotFoundError:
-        raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)}). {layout}") from None
-    # A link to a folder above it shows the same files again and again.
-    first = {}
-    for parent in sorted({path.parent for path in found}, key=lambda parent: (len(parent.parts), parent)):
-        first.setdefault(parent.resolve(), parent)
-    once = set(first.values())
-    return [path for path in found if path.parent in once]
+    found = sorted(_walk(folder))
+    if not found:
+        raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)}). {layout}")
+    return found
+
+
+def _walk(folder):
+    """As ImageFolder walks, but past what file managers leave behind, and into a folder once: links may go round."""
+    def fail(error):
+        raise DataError(f"{error.filename}: {error.strerror}")
+
+    entered = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        real = os.path.realpath(parent)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX", "@eaDir")))
+        for name in files:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("._"):
+                yield pathlib.Path(parent, name)
 
 
 def decode_image(path, size):
@@ -153,9 +149,10 @@ def load_images(folder, size, *, cache_dir, skip_bad=False):
             if bad is None:
                 bad = {facts.name: facts.fault for facts in _build_cache(cache, folder, paths, size) if facts.fault}
     check_readable(folder, bad, len(paths), skip_bad=skip_bad)
-    paths = [path for path in paths if str(path.relative_to(folder)) not in bad]
-    shape = torch.Size((len(paths), 3, size, size))
-    images = torch.from_file(str(cache), size=shape.numel(), dtype=torch.uint8).view(shape)
+    paths = [path for path in paths if _name(path, folder) not in bad]
+    with open(cache, "rb") as file:
+        pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    images = torch.frombuffer(pixels, dtype=torch.uint8).view(len(paths), 3, size, size)
     counts = Counter((*path.relative_to(folder).parts[:-1], "")[0] for path in paths)
     return ImageSet(images, folder, counts, bad)
 
@@ -182,12 +179,17 @@ def _find_cache(folder, size, cache_dir):
     return folder, paths, pathlib.Path(cache_dir) / name
 
 
+def _name(path, folder):
+    """The name of a file below a folder, on one line."""
+    return str(path.relative_to(folder)).replace("\n", "\\n")
+
+
 def _skipped(cache, num_files, size, skip_bad):
     """Returns the files that were left out of a cache, with the reasons; None where there is no cache to use."""
     try:
         bad = json.loads(cache.with_suffix(".json").read_text())
-        whole = cache.stat().st_size == (num_files - len(bad)) * 3 * size * size
-    except (OSError, ValueError):
+        whole = isinstance(bad, dict) and cache.stat().st_size == (num_files - len(bad)) * 3 * size * size
+    except (OSError, RecursionError, ValueError):
         return None
     return bad if whole and (skip_bad or not bad) else None  # unless skipped, they are tried again
 
@@ -211,7 +213,7 @@ def _cache_held(cache):
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with hold_folder(cache.parent, busy=lambda: tqdm.write(f"waiting for another process that fills {cache.parent}")):
-            remove_leftovers(cache.parent)
+            remove_leftovers(cache.parent, "*px-*")
             yield
     except OSError as error:
         raise DataError(f"--cache-dir: {error}") from None
@@ -225,7 +227,7 @@ def _build_cache(cache, folder, paths, size):
                         f"{free_bytes(cache.parent):,} are free; --cache-dir names another place")
 
     def read(path):
-        name = str(path.relative_to(folder))
+        name = _name(path, folder)
         try:
             pixels, *facts = _decode(path, size)
         except DataError as error:

@@ -9,7 +9,10 @@ import pathlib
 
 from torchvision.utils import make_grid, save_image
 
+from checkpointing import CheckpointError, load_newest
 from safe_files import append_line, free_bytes, hold_folder, remove_leftovers, whole_file
+
+RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's config.json has all of them
 
 
 class RunFolderError(ValueError):
@@ -32,7 +35,7 @@ def choose_run_folder(base, identity, *, exactly, fresh):
     folder, used = base, []
     while folder.exists():
         used.append(folder)
-        folder = base.with_name(f"{base.name}-{len(used) + 1}")
+        folder = base.parent / f"{base.name or 'run'}-{len(used) + 1}"
     if exactly and not fresh:
         folder = base
     elif not fresh:
@@ -46,11 +49,15 @@ def choose_run_folder(base, identity, *, exactly, fresh):
 
 
 def _saved_config(folder):
+    """Returns the config of the run in a folder, from a checkpoint where config.json is lost; {} where there is no run."""
     try:
         saved = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        return saved if saved.keys() >= RUN_KEYS else {}
+    except (AttributeError, OSError, RecursionError, ValueError):
+        with contextlib.suppress(CheckpointError):
+            state = load_newest(folder / "checkpoints", report=lambda line: None)
+            return state["config"] if state else {}
         return {}
-    return saved if isinstance(saved, dict) else {}
 
 
 @contextlib.contextmanager
@@ -98,8 +105,8 @@ def _lines_up_to(step, text):
         try:
             if json.loads(line)["step"] > step:
                 return
-        except (ValueError, KeyError, TypeError):  # torn by a crash
-            return
+        except (KeyError, RecursionError, TypeError, ValueError):  # torn by a crash
+            continue
         yield line + "\n"
 
 

@@ -50,9 +50,9 @@ def _not_written(path, error, bytes_needed=None):
     return OSError(f"{path} could not be written: {needed}{free_bytes(path):,} are free there ({reason})")
 
 
-def remove_leftovers(folder):
-    """Removes what processes that were killed have left half written in a folder. The folder must be held by hold_folder."""
-    for leftover in pathlib.Path(folder).glob(".*.tmp"):
+def remove_leftovers(folder, pattern="*"):
+    """Removes what processes that were killed have left of files half written in a folder, which hold_folder must hold."""
+    for leftover in pathlib.Path(folder).glob(f".{pattern}.tmp"):
         leftover.unlink()
 
 

@@ -245,7 +245,10 @@ def train(config, *, interrupt=None):
         out, checkpoints, state = _find_run(config)
         config = _settle(config, state, device)
         data = load_images(config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad)
-        trainer = Trainer(config, device)
+        try:
+            trainer = Trainer(config, device)
+        except RuntimeError as error:  # what torch raises for want of memory
+            raise TrainingError(f"networks of this size cannot be made here: {str(error).splitlines()[0]}") from None
         if state:
             trainer.load_state(state)
     parallel.broadcast_(trainer.tensors())
@@ -351,6 +354,18 @@ def _say(text):
             tqdm.write(_printable(text))
 
 
+def _complain(text):
+    with contextlib.suppress(OSError):
+        print(_printable(text), file=sys.stderr)
+
+
+def _open_closed_output():
+    """Where a shell has closed stdout or stderr, the next files opened would take their place, and get what is printed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
 def _printable(text):
     """Names of files and texts of checkpoints may hold what a terminal would obey, or could not show."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
@@ -369,7 +384,9 @@ class _Run:
         if state:
             self.step, self.images_seen, self.elapsed_seconds = (
                 state[name] for name in ("step", "images_seen", "elapsed_seconds"))
-            self.pending, self.num_images_before = state["pending_metrics"], state["num_images"]
+            self.num_images_before = state["num_images"]
+            pending = state["pending_metrics"]
+            self.pending = [dict(zip(pending, values, strict=True)) for values in zip(*pending.values(), strict=True)]
         self.images_per_step = config.batch_size * config.critic_steps
         self.total_steps = (config.steps if config.epochs is None
                             else math.ceil(config.epochs * len(data.images) / self.images_per_step))
@@ -421,6 +438,8 @@ class _Run:
         self.step += 1
         self.steps_since_last_log += 1
         self.images_seen += self.images_per_step
+        if self.pending and self.pending[-1].keys() != metrics.keys():
+            self.pending = []  # resumed with other terms in the loss
         self.pending.append(metrics)
         self.progress.update(self.images_per_step)
 
@@ -460,7 +479,7 @@ class _Run:
         """The means over the steps since the last log, read from the device; raises if one of them was not finite."""
         means = {}
         for name in self.pending[-1] if self.pending else ():
-            values = torch.stack([metrics[name].float().cpu() for metrics in self.pending if name in metrics])
+            values = self._pending_values(name)
             for index in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
                 raise TrainingError(
                     f"step {self.step - len(values) + index + 1}: {name} is {values[index]}. That update was not made, and "
@@ -468,6 +487,9 @@ class _Run:
                     "and --generator-learning-rate")
             means[name] = values.mean().item()
         return means
+
+    def _pending_values(self, name):
+        return torch.stack([metrics[name].float().cpu() for metrics in self.pending])
 
     def _elapsed(self):
         return self.elapsed_seconds + time.perf_counter() - self.start
@@ -504,7 +526,8 @@ class _Run:
         save_checkpoint(self.out / "checkpoints", self.step, {
             "images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
             "config": dataclasses.asdict(self.config), "model_arguments": self.config.model_arguments(),
-            "pending_metrics": self.pending, **state,
+            "pending_metrics": {name: self._pending_values(name) for name in (self.pending[-1] if self.pending else ())},
+            **state,
         }, keep=self.config.keep_checkpoints)
 
 
@@ -584,7 +607,7 @@ def _find_run(config):
     name = "demo" if config.demo else pathlib.Path(config.data).name
     fresh = config.fresh and not parallel.restarted()
     out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh)
-    if out.resolve().is_relative_to(config.data):
+    if pathlib.Path(os.path.realpath(out)).is_relative_to(config.data):
         raise RunFolderError(f"--out: {out} is inside --data {config.data}, and its pictures would be trained on")
     checkpoints = list_checkpoints(out / "checkpoints")
     state = load_newest(out / "checkpoints", report=_say)
@@ -630,8 +653,8 @@ def _all_finite(value):
 def main(arguments=None):
     config = configuration.from_command_line(arguments)
     _keep_freed_memory()
-    if sys.stdout:
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a log can be followed, and holds any name
+    _open_closed_output()
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a log can be followed, and holds any name
     status = 0
     with Interrupt() as interrupt:
         try:
@@ -642,10 +665,10 @@ def main(arguments=None):
         except (TrainingError, RunFolderError, DataError, CheckpointError, OSError) as error:
             status = 2
             if parallel.rank() == 0 or not isinstance(error, TrainingError):  # which all processes meet at once
-                print(_printable(str(error)), file=sys.stderr)
+                _complain(str(error))
         except KeyboardInterrupt:
             if parallel.rank() == 0:
-                print("stopped while preparing; nothing was left half done", file=sys.stderr)
+                _complain("stopped while preparing; nothing was left half done")
     try:
         print(end="", flush=True)
     except OSError:  # nobody reads it any more; Python would complain once more at its end

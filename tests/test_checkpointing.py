@@ -1,3 +1,4 @@
+import collections
 import os
 import pickle
 import resource
@@ -23,7 +24,7 @@ from model_definitions import VAE
 
 MODEL = {"image_size": 32, "latent_dim": 8, "base_channels": 2, "num_frames": 3, "output_layer": "cnn", "alpha_grid": 4}
 STATE = {"images_seen": 0, "elapsed_seconds": 0.0, "num_images": 1, "config": {"seed": 0}, "model_arguments": MODEL,
-         "pending_metrics": [{"loss": torch.tensor(1.5)}], "generator": {"a": torch.arange(6.0)},
+         "pending_metrics": {"loss": torch.tensor([1.5])}, "generator": {"a": torch.arange(6.0)},
          "averaged": VAE(**MODEL).state_dict(), "critic": {}, "generator_optimizer": {}, "critic_optimizer": {}}
 
 
@@ -139,6 +140,45 @@ def test_a_process_killed_while_writing_leaves_the_older_checkpoint(tmp_path):
 # Files from a stranger
 
 
+class Liar(collections.OrderedDict):
+    """Loaded as an OrderedDict that holds a tensor and whose attributes, set by the file, may say otherwise."""
+
+    def __reduce__(self):
+        attributes = {"items": dict, "values": dict, "get": 5, "keys": 5, "_metadata": 5}
+        return collections.OrderedDict, (), attributes, None, iter([("a", torch.zeros(2))])
+
+
+def nested(depth):
+    value = ()
+    for _ in range(depth):
+        value = (value,)
+    return value
+
+
+@pytest.mark.parametrize("change", [
+    {"format": torch.zeros(3)}, {"config": {nested(100): 1}}, {"config": [1]},
+    {"config": {"a": {"b": {"c": {"d": 1}}}}}, {"averaged": dict.fromkeys(range(100_000), 1)},
+    {"config": Liar()}, {"model_arguments": Liar()}, {"pending_metrics": Liar()}, {"averaged": Liar()},
+    {"pending_metrics": {"loss": torch.zeros(1, device="meta")}}, {"pending_metrics": {"loss": torch.zeros(1).to_sparse()}},
+])
+def test_what_is_dressed_up_as_a_checkpoint_ends_in_one_line(tmp_path, change):
+    torch.save({"format": 2, "step": 1, **STATE, **change}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="x.pt: ") as caught:
+        load_generator(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_beside_the_checkpoints_are_left_alone(tmp_path):
+    others = ["step_best.pt", "step_0000009 (copy).pt", "step_1.pt", "notes.txt"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "step_0000099.pt").mkdir()
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, STATE, keep=1)
+    assert load_newest(tmp_path)["step"] == 2
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "step_0000002.pt", "step_0000099.pt"])
+
+
 def test_a_single_flipped_bit_is_noticed(tmp_path):
     path = save_checkpoint(tmp_path, 1, STATE | {"generator": {"a": torch.arange(10_000.0)}}, keep=1)
     data = bytearray(path.read_bytes())
@@ -159,13 +199,16 @@ def test_a_file_that_unpacks_to_more_than_it_takes_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("change", "named"), [
     ({"extra": 1}, "'extra' is not part of one"),
-    ({"images_seen": -1}, "images_seen is -1"),
-    ({"elapsed_seconds": float("nan")}, "elapsed_seconds is nan"),
+    ({"images_seen": -1}, "images_seen is out of range"),
+    ({"images_seen": 10**600}, "images_seen is out of range"),
+    ({"elapsed_seconds": float("nan")}, "elapsed_seconds is out of range"),
     ({"num_images": True}, "num_images is missing or no int"),
     ({"config": {"out": torch.zeros(2)}}, "config holds other things than plain values"),
     ({"model_arguments": {1: 2}}, "model_arguments holds other things"),
-    ({"pending_metrics": [{"loss": "high"}]}, "pending_metrics holds other things than numbers"),
-    ({"pending_metrics": [3]}, "pending_metrics holds other things than numbers"),
+    ({"pending_metrics": {"loss": "high"}}, "pending_metrics.loss is no plain tensor"),
+    ({"pending_metrics": {"loss": torch.zeros(2)}}, "pending_metrics is of 2 steps, of 1 that were taken"),
+    ({"pending_metrics": {"loss": torch.zeros(1), "other": torch.zeros(())}}, "pending_metrics.other is .*shape"),
+    ({"pending_metrics": {"loss": torch.tensor([float("inf")])}}, "pending_metrics.loss holds numbers that are not finite"),
 ])
 def test_a_state_of_another_form_is_refused_by_name(tmp_path, change, named):
     path = tmp_path / "x.pt"
@@ -213,6 +256,8 @@ def test_a_generator_comes_from_a_file_or_from_the_newest_in_a_run_folder(tmp_pa
     ({"base_channels": "2"}, "model_arguments"),
     ({"output_layer": "os.system"}, "output_layer"),
     ({"device": "cuda"}, "device"),
+    ({"image_size": 32.0}, "model_arguments"),
+    ({"latent_dim": 0}, "model_arguments"),
 ])
 def test_a_generator_is_not_built_before_the_file_is_known_to_hold_it(tmp_path, arguments, said):
     path = save_checkpoint(tmp_path, 1, STATE | {"model_arguments": MODEL | arguments}, keep=1)

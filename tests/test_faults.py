@@ -6,13 +6,14 @@ import pathlib
 import pty
 import resource
 import select
+import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import Child, save_picture, tiny_arguments, wait_until
+from conftest import ROOT, Child, save_picture, tiny_arguments, wait_until
 from PIL import Image
 from test_training import assert_same, metrics, newest
 
@@ -258,18 +259,63 @@ def test_a_run_inside_its_own_images_is_refused(train_tiny, image_folder):
     assert len(os.listdir(image_folder)) == 3
 
 
+@pytest.mark.parametrize("text", ['{"architectures": ["other"]}', "[1]", "{", "[" * 100_000])
+def test_a_folder_of_another_program_is_not_taken_for_a_run(train_tiny, text):
+    files = {"config.json": text, "metrics.jsonl": '{"loss": 1}\n', ".note.tmp": "mine"}
+    os.mkdir("other")
+    for name, content in files.items():
+        pathlib.Path("other", name).write_text(content)
+    with pytest.raises(RunFolderError, match="--out: other holds other things than a run"):
+        train_tiny(steps=1, out="other")
+    assert {path.name: path.read_text() for path in pathlib.Path("other").iterdir()} == files
+
+
+@pytest.mark.parametrize("lose", [lambda path: path.unlink(), lambda path: path.write_text('{"dat')])
+def test_a_run_whose_config_is_lost_goes_on_all_the_same(train_tiny, lose):
+    train_tiny(steps=2, log_every=1)
+    lose(RUN / "config.json")
+    assert_goes_on_exactly(train_tiny, 4)
+
+
+def test_a_damaged_line_of_the_log_costs_that_line(train_tiny):
+    log = train_tiny(steps=4, log_every=1) / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], "\0" * 9, *lines[2:]]))
+    assert [line["step"] for line in metrics(train_tiny(steps=5, log_every=1))] == [1, 3, 4, 5]
+
+
+def test_the_current_folder_can_be_the_run_folder(train_tiny, monkeypatch):
+    os.mkdir("run")
+    monkeypatch.chdir("run")
+    assert newest(train_tiny(steps=1, out="."))["step"] == 1
+
+
+def test_networks_that_do_not_fit_in_memory_are_refused(train_tiny):
+    with pytest.raises(training.TrainingError, match="networks of this size cannot be made here: "):
+        train_tiny(steps=1, latent_dim=10**14)
+    assert not pathlib.Path("runs").exists()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_run_whose_output_is_closed_trains(image_folder, closed):
+    command = shlex.join([sys.executable, str(ROOT / "training.py"), "--data", str(image_folder), *tiny_arguments(steps=2)])
+    assert subprocess.run(["bash", "-c", f"{command} {closed}"], check=False).returncode == 0
+    assert newest(RUN)["step"] == 2
+
+
 # Data
 
 
 def test_names_that_a_terminal_would_obey_or_cannot_show_are_spelt_out(tmp_path, capfd):
     save_picture(tmp_path / "set" / "whole.png")
-    for name in (b"\x1b[2Jcleared.png", b"latin-\xfc.png"):
+    for name in (b"\x1b[2Jcleared.png", b"latin-\xfc.png", b"two\nlines.png"):
         with open(os.fsencode(tmp_path / "set") + b"/" + name, "wb"):
             pass
     assert training.main(["--data", "set", *tiny_arguments()]) == 2
     err = capfd.readouterr().err
     assert r"\x1b[2Jcleared.png: " in err
     assert r"latin-\udcfc.png: " in err
+    assert r"two\nlines.png: " in err
     assert training.main(["--data", "set", "--skip-bad", *tiny_arguments(steps=1)]) == 0
     assert "latin-" in capfd.readouterr().out
 

@@ -153,9 +153,33 @@ def test_a_folder_of_broken_files_alone_is_refused_also_where_they_may_be_skippe
 def test_a_folder_reached_in_two_ways_counts_once(tmp_path):
     save_picture(tmp_path / "set" / "cats" / "a.png")
     save_picture(tmp_path / "elsewhere" / "b.png")
-    (tmp_path / "set" / "cats" / "round").symlink_to(tmp_path / "set")
+    for name in ("round", "and round"):  # 2**40 ways
+        (tmp_path / "set" / "cats" / name).symlink_to(tmp_path / "set")
     (tmp_path / "set" / "dogs").symlink_to(tmp_path / "elsewhere")
     assert names(tmp_path / "set") == ["cats/a.png", "dogs/b.png"]
+
+
+def test_a_folder_that_cannot_be_entered_is_named(image_folder, monkeypatch):
+    def walk(folder, onerror, **_):
+        onerror(PermissionError(13, "Permission denied", "images/cats"))
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(DataError, match="images/cats: Permission denied"):
+        find_images(image_folder)
+
+
+@pytest.mark.parametrize("text", ["null", "[" * 100_000, "{", "5"])
+def test_a_cache_whose_list_is_damaged_is_built_again(image_folder, tmp_path, text):
+    first = load_images(image_folder, 32, cache_dir=tmp_path / "cache").images.clone()
+    (sidecar,) = (tmp_path / "cache").glob("*.json")
+    sidecar.write_text(text)
+    assert torch.equal(load_images(image_folder, 32, cache_dir=tmp_path / "cache").images, first)
+
+
+def test_names_that_are_not_utf_8_work_for_files_and_folders(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    save_picture(folder / os.fsdecode(b"\xe9.png"))
+    assert len(load_images(folder, 32, cache_dir=folder / "cache").images) == 1
 
 
 def test_a_cache_that_has_been_cut_is_built_again(image_folder, tmp_path):

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data_report": set(),
     "demo_images": {"PIL", "tqdm"},
     "checkpointing": {"torch", "model_definitions", "safe_files"},
-    "run_folder": {"torchvision", "safe_files"},
+    "run_folder": {"torchvision", "checkpointing", "safe_files"},
     "acceleration": {"torch", "parallel"},
     "parallel": {"torch"},
     "training": {"torch", "tqdm", "config", "synthetic_video", "model_definitions", "losses", "augmentation", "image_data",

@@ -410,6 +410,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train_tiny, 
     assert os.listdir(run / "checkpoints") == ["step_0000002.pt"]
 
 
+def test_a_weight_that_is_not_finite_is_never_saved(train_tiny, monkeypatch):
+    run, real = train_tiny(steps=2), training.Trainer.generator_update
+
+    def poisoned(self, *arguments):
+        metrics = real(self, *arguments)
+        self.averaged.mu.bias[0] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(training.Trainer, "generator_update", poisoned)
+    with pytest.raises(training.TrainingError, match="step 3: a weight is not finite; this step was not saved"):
+        train_tiny(steps=3)
+    assert os.listdir(run / "checkpoints") == ["step_0000002.pt"]
+
+
 def test_fewer_images_than_a_batch_and_a_single_image_work(train_tiny, image_folder, capfd):
     for path in sorted(image_folder.rglob("*.png"))[1:]:
         path.unlink()
