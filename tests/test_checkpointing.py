@@ -168,15 +168,22 @@ def test_what_is_dressed_up_as_a_checkpoint_ends_in_one_line(tmp_path, change):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [{nested(3): torch.zeros(1)}, dict.fromkeys(range(100_000), 1), {"a": {"b": {"c": {}}}}])
+def test_what_is_more_than_named_tensors_is_refused_before_anything_looks_into_it(tmp_path, content):
+    torch.save({"format": 2, "step": 1, **STATE, "generator": content}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="x.pt: not a checkpoint, or a damaged one"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
 def test_other_files_beside_the_checkpoints_are_left_alone(tmp_path):
     others = ["step_best.pt", "step_0000009 (copy).pt", "step_1.pt", "notes.txt"]
     for name in others:
         (tmp_path / name).write_bytes(b"mine")
-    (tmp_path / "step_0000099.pt").mkdir()
+    (tmp_path / "step_0000000.pt").mkdir()
     for step in (1, 2):
         save_checkpoint(tmp_path, step, STATE, keep=1)
     assert load_newest(tmp_path)["step"] == 2
-    assert sorted(os.listdir(tmp_path)) == sorted([*others, "step_0000002.pt", "step_0000099.pt"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "step_0000002.pt", "step_0000000.pt"])
 
 
 def test_a_single_flipped_bit_is_noticed(tmp_path):

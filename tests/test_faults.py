@@ -296,10 +296,9 @@ def test_networks_that_do_not_fit_in_memory_are_refused(train_tiny):
     assert not pathlib.Path("runs").exists()
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_a_run_whose_output_is_closed_trains(image_folder, closed):
+def test_a_run_whose_output_is_closed_trains(image_folder):
     command = shlex.join([sys.executable, str(ROOT / "training.py"), "--data", str(image_folder), *tiny_arguments(steps=2)])
-    assert subprocess.run(["bash", "-c", f"{command} {closed}"], check=False).returncode == 0
+    assert subprocess.run(["bash", "-c", f"{command} >&- 2>&-"], check=False).returncode == 0
     assert newest(RUN)["step"] == 2
 
 
