@@ -2,6 +2,8 @@
 import pathlib
 from collections import Counter
 
+from image_data import EXTENSIONS
+
 LISTED = 20  # entries shown of a list that may be long
 
 
@@ -22,7 +24,7 @@ def report(folder, size, found):
         _counts("class", ((*pathlib.PurePath(facts.name).parts[:-1], "no class")[0] for facts in good)),
         _counts("width x height", (f"{facts.width} x {facts.height}" for facts in good)),
         _counts("mode", (facts.mode for facts in good)),
-        _counts("passed over, by kind", _other_files(folder, {facts.name for facts in found})),
+        _counts("passed over, by kind", _other_files(folder)),
         _names(f"smaller than {size} px, enlarged", (f"{facts.name}: {facts.width} x {facts.height}" for facts in good
                                                      if min(facts.width, facts.height) < size)),
         _names("the same picture as another", (f"{facts.name}: as {first[facts.digest]}" for facts in good
@@ -43,8 +45,8 @@ def _names(title, lines):
     return lines and "\n  ".join([f"{title}: {len(lines)}", *lines[:LISTED], *more])
 
 
-def _other_files(folder, taken):
+def _other_files(folder):
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and str(name) not in taken and not any(part.startswith(".") for part in name.parts):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path.suffix.lower() not in EXTENSIONS:
             yield path.suffix.lower() or "no ending"

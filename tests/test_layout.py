@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "augmentation": {"torch", "synthetic_video"},
     "safe_files": {"filelock"},
     "image_data": {"torch", "torchvision", "PIL", "tqdm", "safe_files"},
-    "data_report": set(),
+    "data_report": {"image_data"},
     "demo_images": {"PIL", "tqdm"},
     "checkpointing": {"torch", "model_definitions", "safe_files"},
     "run_folder": {"torchvision", "checkpointing", "safe_files"},
