@@ -168,6 +168,15 @@ def test_what_is_dressed_up_as_a_checkpoint_ends_in_one_line(tmp_path, change):
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_tensor_says_of_itself_is_not_believed(tmp_path):
+    weights = dict(STATE["averaged"])
+    weights["mu.bias"] = torch.nn.Parameter(torch.full_like(weights["mu.bias"], float("nan")))
+    weights["mu.bias"].isfinite = dict  # saved, and set again on loading
+    torch.save({"format": 2, "step": 1, **STATE, "averaged": weights}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="averaged.mu.bias holds numbers that are not finite"):
+        load_generator(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("content", [{nested(3): torch.zeros(1)}, dict.fromkeys(range(100_000), 1), {"a": {"b": {"c": {}}}}])
 def test_what_is_more_than_named_tensors_is_refused_before_anything_looks_into_it(tmp_path, content):
     torch.save({"format": 2, "step": 1, **STATE, "generator": content}, tmp_path / "x.pt")

@@ -189,6 +189,13 @@ def test_a_cache_that_has_been_cut_is_built_again(image_folder, tmp_path):
     assert torch.equal(load_images(image_folder, 32, cache_dir=tmp_path / "cache").images, first)
 
 
+def test_other_files_in_the_folder_of_the_cache_are_left_alone(image_folder, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".mine.tmp").touch()
+    load_images(image_folder, 32, cache_dir=tmp_path / "cache")
+    assert (tmp_path / "cache" / ".mine.tmp").exists()
+
+
 def test_a_folder_with_the_longest_name_there_is_can_be_cached(tmp_path):
     save_picture(tmp_path / ("ü" * 127) / "a.png")
     assert len(load_images(tmp_path / ("ü" * 127), 32, cache_dir=tmp_path / "cache").images) == 1

@@ -300,6 +300,11 @@ def test_a_changed_setting_is_reported_with_both_values(train_tiny, capfd):
         assert f"warning: --{name} was {old}, is {new} from here on" in said
 
 
+def test_a_term_added_to_the_loss_between_two_lines_of_the_log_is_no_trouble(train_tiny):
+    train_tiny(steps=3, log_every=4, reconstruction_weight=0.0, kl_weight=0.0)
+    assert "reconstruction" in metrics(train_tiny(steps=4, log_every=4))[0]
+
+
 def test_a_changed_number_of_images_is_reported_with_both_counts(train_tiny, image_folder, capfd):
     train_tiny(steps=1)
     Image.new("RGB", (32, 32)).save(image_folder / "circle" / "new.png")
