@@ -144,7 +144,8 @@ class Liar(collections.OrderedDict):
     """Loaded as an OrderedDict that holds a tensor and whose attributes, set by the file, may say otherwise."""
 
     def __reduce__(self):
-        attributes = {"items": dict, "values": dict, "get": 5, "keys": 5, "_metadata": 5}
+        empty = collections.OrderedDict
+        attributes = {"items": empty, "values": empty, "get": 5, "keys": 5, "_metadata": 5}
         return collections.OrderedDict, (), attributes, None, iter([("a", torch.zeros(2))])
 
 
@@ -171,7 +172,7 @@ def test_what_is_dressed_up_as_a_checkpoint_ends_in_one_line(tmp_path, change):
 def test_what_a_tensor_says_of_itself_is_not_believed(tmp_path):
     weights = dict(STATE["averaged"])
     weights["mu.bias"] = torch.nn.Parameter(torch.full_like(weights["mu.bias"], float("nan")))
-    weights["mu.bias"].isfinite = dict  # saved, and set again on loading
+    weights["mu.bias"].isfinite = 5  # saved, and set again on loading
     torch.save({"format": 2, "step": 1, **STATE, "averaged": weights}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="averaged.mu.bias holds numbers that are not finite"):
         load_generator(tmp_path / "x.pt")
