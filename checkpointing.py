@@ -17,6 +17,7 @@ LARGEST_OUTLINE = 2**18  # bytes of names and shapes; ours take a tenth of it, a
 SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "config": dict,
           "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict, "critic": dict,
           "generator_optimizer": dict, "critic_optimizer": dict}
+TRAINING_ONLY = ("generator", "critic", "generator_optimizer", "critic_optimizer")
 
 
 class CheckpointError(ValueError):
@@ -194,6 +195,35 @@ def load_generator(path, *, report=print):
     Raises:
         CheckpointError: no such file, no checkpoint in the folder, or one that does not hold what it should.
     """
+    state = _load_with_generator(path, report)
+    vae = VAE(**state["model_arguments"])
+    vae.load_state_dict(state["averaged"])
+    return vae.requires_grad_(False)
+
+
+def export_generator(source, path, *, report=print):
+    """Writes a checkpoint that holds the averaged VAE alone, for load_generator, and no names of folders; returns its path.
+
+    Args:
+        source, report: as path and report of load_generator.
+        path: a new file.
+
+    Raises:
+        CheckpointError: as load_generator.
+        OSError: there is such a file already, or it could not be written.
+    """
+    state, path = _load_with_generator(source, report), pathlib.Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} is there already")
+    state["config"] = {name: value for name, value in state["config"].items() if not isinstance(value, str)}
+    state |= {name: {} for name in ("pending_metrics", *TRAINING_ONLY)}
+    with whole_file(path, bytes_needed=_num_bytes(state)) as file:
+        torch.save(state, file)
+    return path
+
+
+def _load_with_generator(path, report):
+    """load_checkpoint of a file, or of the newest one of a run folder, with "averaged" checked against "model_arguments"."""
     path = pathlib.Path(path)
     state = load_newest(path / "checkpoints", report=report) if path.is_dir() else load_checkpoint(path)
     if state is None:
@@ -207,6 +237,4 @@ def load_generator(path, *, report=print):
         check_tensors(state["averaged"], expected, "averaged")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    vae = VAE(**state["model_arguments"])
-    vae.load_state_dict(state["averaged"])
-    return vae.requires_grad_(False)
+    return state

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
+from randomness import random_generator
 from safe_files import free_bytes, hold_folder, remove_leftovers, whole_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -269,12 +270,6 @@ def batch_indices(num_images, position, batch_size, *, seed):
 @functools.lru_cache(maxsize=1)
 def _epoch_order(num_images, seed, epoch):
     return torch.randperm(num_images, generator=random_generator(seed, "order", epoch))
-
-
-def random_generator(*key):
-    """Returns a CPU torch.Generator whose stream is a function of the key, for example (seed, purpose, step), alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def take(images, indices, device):

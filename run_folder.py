@@ -1,18 +1,18 @@
 """The run folder: which one a run uses, and how things are written into it.
 
 config.json, reals.png, samples/, reconstructions/, alpha_maps/ (a PNG for each step drawn), metrics.jsonl (a line for each
-log) and checkpoints/. Nothing in it is deleted but superseded checkpoints, and log lines that a resumed run writes again.
+log), curves.png and checkpoints/. Nothing in it is deleted but superseded checkpoints, and log lines that a resumed run
+writes again.
 """
 import contextlib
 import json
 import pathlib
 
-from torchvision.utils import make_grid, save_image
-
 from checkpointing import CheckpointError, load_newest
 from safe_files import append_line, free_bytes, hold_folder, remove_leftovers, whole_file
 
 RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's config.json has all of them
+CURVES_PER_ROW = 3
 
 
 class RunFolderError(ValueError):
@@ -115,10 +115,23 @@ def append_metrics(folder, metrics):
     append_line(folder / "metrics.jsonl", json.dumps(metrics))
 
 
-def save_grid(images, path, *, columns):
-    """Writes images (N, C, H, W) in [0, 1] as one PNG, in rows of `columns`."""
-    with whole_file(path) as file:
-        save_image(make_grid(images, nrow=columns, padding=2, pad_value=1.0), file, format="png")
+def draw_curves(folder):
+    """Draws the numbers of metrics.jsonl over the steps as curves.png, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    log = folder / "metrics.jsonl"
+    if not log.exists():
+        return
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    names = [name for name in lines[-1] if name not in ("step", "images", "elapsed_seconds")]
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    for place, name in enumerate(names, start=1):
+        panel = figure.add_subplot(-(-len(names) // CURVES_PER_ROW), CURVES_PER_ROW, place, title=name)
+        panel.plot([line["step"] for line in lines], [line.get(name) for line in lines])
+    with whole_file(folder / "curves.png") as file:
+        figure.savefig(file)
 
 
 def _write(path, text):

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import importlib.util
 import math
 import os
 import pathlib
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 import config as configuration
 import parallel
+import program
 from acceleration import CapturedUpdate, accelerate
 from augmentation import RANDOM_NUMBERS, augment
 from checkpointing import CheckpointError, check_tensors, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
@@ -31,14 +33,15 @@ from image_data import (
     check_readable,
     decode_folder,
     load_images,
-    random_generator,
     take,
     to_device,
     to_device_where_it_fits,
 )
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
-from run_folder import RunFolderError, append_metrics, choose_run_folder, open_run_folder, save_grid
+from pictures import alpha_picture, grid, save_picture
+from randomness import latent_noise, random_generator
+from run_folder import RunFolderError, append_metrics, choose_run_folder, draw_curves, open_run_folder
 
 DEMO_FOLDER = pathlib.Path("demo_images")
 ADAM_BETAS = (0.0, 0.9)  # Gulrajani et al. 2017: momentum in the critic's gradient unsettles the penalty
@@ -48,7 +51,7 @@ OPTIMIZERS = ("generator_optimizer", "critic_optimizer")
 NUM_SAMPLES = 64
 COLUMNS = 8  # of the grids
 MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "check_data", "skip_bad", "device", "compile",
-              "cache_dir", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints"}
+              "cache_dir", "log_every", "tensorboard", "sample_every", "checkpoint_every", "keep_checkpoints"}
 
 
 class TrainingError(ValueError):
@@ -234,8 +237,13 @@ def train(config, *, interrupt=None):
     config.check()
     if config.check_data:
         return _check_data(config)
+    if config.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise TrainingError("--tensorboard: needs the package tensorboard: pip install tensorboard")
     interrupt = interrupt or Interrupt()
-    device = _pick_device(config.device)
+    device = program.pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest algorithm pays
     parallel.start(device)
     if config.batch_size % parallel.world_size():
         raise TrainingError(f"--batch-size: must be a multiple of {parallel.world_size()}, the number of processes, "
@@ -348,27 +356,8 @@ def _say_skipped(bad):
 
 
 def _say(text):
-    """Prints a line. Whether anybody reads it is no matter of life and death: a run goes on after its terminal has gone."""
     if parallel.rank() == 0:
-        with contextlib.suppress(OSError):
-            tqdm.write(_printable(text))
-
-
-def _complain(text):
-    with contextlib.suppress(OSError):
-        print(_printable(text), file=sys.stderr)
-
-
-def _open_closed_output():
-    """Where a shell has closed stdout or stderr, the next files opened would take their place, and get what is printed."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-
-
-def _printable(text):
-    """Names of files and texts of checkpoints may hold what a terminal would obey, or could not show."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+        program.say(text)
 
 
 class _Run:
@@ -380,6 +369,7 @@ class _Run:
         self.step = self.images_seen = 0
         self.elapsed_seconds = 0.0
         self.pending = []  # the metrics of each step since the last log, read only then
+        self.board = None  # TensorBoard's writer, where --tensorboard asks for one
         self.num_images_before = len(data.images)
         if state:
             self.step, self.images_seen, self.elapsed_seconds = (
@@ -420,11 +410,13 @@ class _Run:
                         self.out, dataclasses.asdict(self.config), step=self.step, checkpoints=self.checkpoints,
                         bytes_needed=self.trainer.state_bytes() * (self.config.keep_checkpoints + 1)))
             seed = self.config.seed
-            self.noise = torch.randn(NUM_SAMPLES, self.config.latent_dim, generator=random_generator(seed, "samples"))
+            self.noise = latent_noise(seed, range(NUM_SAMPLES), self.config.latent_dim)
             first = batch_indices(len(self.data.images), 0, NUM_SAMPLES, seed=seed)
             self.reals = take(self.data.images, first, torch.device("cpu"))
             if self.leads:
-                save_grid(self.reals, self.out / "reals.png", columns=COLUMNS)
+                save_picture(grid(self.reals, columns=COLUMNS), self.out / "reals.png")
+                if self.config.tensorboard:
+                    self.board = held.enter_context(_board(self.out / "tensorboard", self.step))
             self.progress = tqdm(total=self.total_steps * self.images_per_step, unit=" images", unit_scale=True,
                                  initial=self.step * self.images_per_step, smoothing=0.05,
                                  disable=None if self.leads else True)
@@ -464,8 +456,12 @@ class _Run:
         self.pending, self.last_log, self.steps_since_last_log = [], now, 0
         if not self.leads:
             return
+        metrics["images_per_second"] = round(speed, 2)
         append_metrics(self.out, {"step": self.step, "images": self.images_seen, **metrics,
-                                  "images_per_second": round(speed, 2), "elapsed_seconds": round(self._elapsed(), 2)})
+                                  "elapsed_seconds": round(self._elapsed(), 2)})
+        if self.board:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, self.step)
         shown = {"W": metrics["wasserstein_distance"], "GP": metrics["gradient_penalty"]}
         if "reconstruction" in metrics:
             shown["rec"] = metrics["reconstruction"]
@@ -496,24 +492,26 @@ class _Run:
 
     @torch.no_grad()
     def draw_samples(self):
-        """Writes what the averaged generator makes of fixed noise and of some real images, and its alpha."""
+        """Draws what the averaged generator makes of fixed noise and of some real images, its alpha, and the log."""
         started = time.perf_counter()
         vae, device, batch = self.trainer.averaged, self.trainer.device, self.config.batch_size
-        file = f"step_{self.step:07d}.png"
         decoded = [vae.decode_parts(z.to(device)) for z in self.noise.split(batch)]
-        save_grid(torch.cat([part.images.cpu() for part in decoded]), self.out / "samples" / file, columns=COLUMNS)
+        self._draw("samples", grid(torch.cat([part.images.cpu() for part in decoded]), columns=COLUMNS))
         real = self.reals[:2 * COLUMNS]
         again = torch.cat([vae.decode(vae.encode(part.to(device))[0]).cpu() for part in real.split(batch)])
         rows = torch.cat([real[:COLUMNS], again[:COLUMNS], real[COLUMNS:], again[COLUMNS:]])
-        save_grid(rows, self.out / "reconstructions" / file, columns=COLUMNS)
+        self._draw("reconstructions", grid(rows, columns=COLUMNS))
         if decoded[0].alpha is not None:
-            before, alpha, after = ([getattr(part, name).expand_as(part.images).cpu() for part in decoded]
+            before, alpha, after = (torch.cat([getattr(part, name).cpu() for part in decoded])[:COLUMNS]
                                     for name in ("before", "alpha", "images"))
-            before, alpha, after = (torch.cat(parts)[:COLUMNS] for parts in (before, alpha, after))
-            low, high = alpha.aminmax()
-            rows = torch.cat([before, (alpha - low) / (high - low).clamp(min=1e-6), after])
-            save_grid(rows, self.out / "alpha_maps" / file, columns=COLUMNS)
+            self._draw("alpha_maps", alpha_picture(before, alpha, after, columns=2))
+        draw_curves(self.out)
         self.last_log += time.perf_counter() - started  # drawing is not counted in images per second
+
+    def _draw(self, kind, picture):
+        save_picture(picture, self.out / kind / f"step_{self.step:07d}.png")
+        if self.board:
+            self.board.add_image(kind, picture, self.step)
 
     def save(self):
         """Writes a checkpoint, unless something in it is not finite."""
@@ -529,6 +527,13 @@ class _Run:
             "pending_metrics": {name: self._pending_values(name) for name in (self.pending[-1] if self.pending else ())},
             **state,
         }, keep=self.config.keep_checkpoints)
+
+
+def _board(folder, step):
+    """TensorBoard's writer; what an earlier process has written beyond a step is passed over."""
+    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 class Interrupt:
@@ -586,21 +591,6 @@ def _keep_freed_memory():
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
 
 
-def _pick_device(name):
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    elif not available[name]:
-        there = ", ".join(kind for kind in available if available[kind])
-        raise TrainingError(f"--device: {name} is not available here; there is {there}")
-    device = torch.device(name)
-    if name == "cuda":
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest algorithm pays
-    return device
-
-
 def _find_run(config):
     """Returns the run folder, the checkpoints in it, and the state to go on from, None at the start of a run."""
     identity = {"data": config.data, **config.model_arguments()}
@@ -653,26 +643,21 @@ def _all_finite(value):
 def main(arguments=None):
     config = configuration.from_command_line(arguments)
     _keep_freed_memory()
-    _open_closed_output()
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a log can be followed, and holds any name
     status = 0
-    with Interrupt() as interrupt:
+    with program.output(), Interrupt() as interrupt:
         try:
             train(config, interrupt=interrupt)
             parallel.stop()
         except parallel.LeaderError:
             status = 2
-        except (TrainingError, RunFolderError, DataError, CheckpointError, OSError) as error:
+        except (TrainingError, RunFolderError, DataError, CheckpointError, program.DeviceError, OSError) as error:
             status = 2
-            if parallel.rank() == 0 or not isinstance(error, TrainingError):  # which all processes meet at once
-                _complain(str(error))
+            met_by_all = isinstance(error, TrainingError | program.DeviceError)
+            if parallel.rank() == 0 or not met_by_all:
+                program.complain(str(error))
         except KeyboardInterrupt:
             if parallel.rank() == 0:
-                _complain("stopped while preparing; nothing was left half done")
-    try:
-        print(end="", flush=True)
-    except OSError:  # nobody reads it any more; Python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                program.complain("stopped while preparing; nothing was left half done")
     return status or (128 + interrupt.received if interrupt.received else 0)
 
 

@@ -23,8 +23,10 @@ TINY = {"image_size": 32, "base_channels": 4, "latent_dim": 8, "batch_size": 4, 
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, and in one thread: its networks are too small for two."""
+    """Every test works in a folder of its own, in one thread, as its networks are too small for two, and without curves."""
     monkeypatch.chdir(tmp_path)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 

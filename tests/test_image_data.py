@@ -11,7 +11,7 @@ from conftest import forking, save_picture
 from PIL import Image
 
 import image_data
-from image_data import DataError, batch_indices, decode_image, find_images, load_images, random_generator, take
+from image_data import DataError, batch_indices, decode_image, find_images, load_images, take
 
 MESSY = next(pathlib.Path(__file__).resolve().parents[2].glob("*/data/messy"), None)
 
@@ -255,13 +255,6 @@ def test_every_epoch_holds_every_image_once_and_batches_join_end_to_end():
 
 def test_a_batch_larger_than_the_folder_repeats_it():
     assert sorted(batch_indices(3, 0, 7, seed=0).tolist()[:6]) == [0, 0, 1, 1, 2, 2]
-
-
-def test_random_generator_is_a_function_of_its_key():
-    draws = {key: tuple(torch.rand(4, generator=random_generator(*key)).tolist())
-             for key in ((0, "critic", 1), (0, "critic", 2), (0, "generator", 1), (1, "critic", 1))}
-    assert len(set(draws.values())) == 4
-    assert tuple(torch.rand(4, generator=random_generator(0, "critic", 1)).tolist()) == draws[0, "critic", 1]
 
 
 def test_an_epoch_is_ordered_once(monkeypatch):

@@ -9,21 +9,28 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "config": set(),
+    "randomness": {"torch"},
+    "program": {"torch", "tqdm"},
     "synthetic_video": {"torch"},
     "model_definitions": {"torch", "synthetic_video"},
     "losses": {"torch"},
     "augmentation": {"torch", "synthetic_video"},
     "safe_files": {"filelock"},
-    "image_data": {"torch", "torchvision", "PIL", "tqdm", "safe_files"},
+    "image_data": {"torch", "torchvision", "PIL", "tqdm", "randomness", "safe_files"},
     "data_report": {"image_data"},
     "demo_images": {"PIL", "tqdm"},
+    "pictures": {"torch", "torchvision", "PIL", "av", "safe_files", "synthetic_video"},
     "checkpointing": {"torch", "model_definitions", "safe_files"},
-    "run_folder": {"torchvision", "checkpointing", "safe_files"},
+    "run_folder": {"matplotlib", "checkpointing", "safe_files"},
     "acceleration": {"torch", "parallel"},
     "parallel": {"torch"},
-    "training": {"torch", "tqdm", "config", "synthetic_video", "model_definitions", "losses", "augmentation", "image_data",
-                 "data_report", "demo_images", "checkpointing", "run_folder", "acceleration", "parallel"},
+    "generate": {"torch", "PIL", "tqdm", "program", "checkpointing", "config", "image_data", "pictures", "randomness",
+                 "synthetic_video"},
+    "training": {"torch", "tqdm", "config", "program", "randomness", "synthetic_video", "model_definitions", "losses",
+                 "augmentation", "image_data", "data_report", "demo_images", "pictures", "checkpointing", "run_folder",
+                 "acceleration", "parallel"},
 }
+OPTIONAL = ("av", "matplotlib", "tensorboard")
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
 
 
@@ -56,6 +63,7 @@ import {", ".join(MAY_IMPORT)}
 assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python_state
 assert sys.argv == ["notebook", "--data", "nowhere"] and torch.get_num_threads() == threads
 assert not torch.cuda.is_initialized()
+assert not {{*{OPTIONAL!r}}} & {{*sys.modules}}
 """
     done = subprocess.run([sys.executable, "-B", "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           check=False)

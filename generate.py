@@ -1,0 +1,235 @@
+"""Pictures and clips from a trained generator: python generate.py runs/images --clip walk
+
+Image i of a seed is a function of the seed, i and the generator alone. With the seed of the run, the first 64 are those of
+its sample grids.
+"""
+import argparse
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import sys
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import program
+from checkpointing import CheckpointError, export_generator, load_generator
+from config import DEVICES, Settings, add_options, option
+from image_data import DataError, decode_image
+from pictures import CLIP_FORMATS, alpha_picture, enlarge, grid, save_clip, save_picture
+from randomness import latent_noise
+from synthetic_video import synthetic_video
+
+WALK_RADIUS = 0.3  # of the circle of a walk, as a part of the distance from the origin
+KINDS = ("clip", "animate", "morph", "alpha_maps", "timelapse", "export")  # instead of single images
+
+
+class GenerateError(ValueError):
+    """What was asked for cannot be had; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Settings):
+    """What generate.py can be told."""
+
+    num_images: int = option(16, "what", "images, or clips, or rows of alpha maps", metavar="N", least=1)
+    grid: bool = option(False, "what", "all of them in one picture, or in one clip")
+    clip: str | None = option(None, "what", "walk: around each image through the latent space and back to it; synthetic: "
+                                            "the synthetic video of each image", choices=("walk", "synthetic"))
+    animate: str | None = option(None, "what", "encode a photo of your own, and walk around it", metavar="PHOTO")
+    morph: list | None = option(None, "what", "from one photo to another and back", metavar=("PHOTO", "PHOTO"))
+    alpha_maps: bool = option(False, "what", "each image before the output layer, alpha as a heat map, the image after")
+    timelapse: bool = option(False, "what", "the sample grids of a run as one clip, a frame for each")
+    export: str | None = option(None, "what", "write a checkpoint of the generator alone, small enough to hand on",
+                                metavar="FILE")
+
+    seed: int = option(0, "how", "of the images and walks", metavar="S", least=0)
+    frames: int = option(16, "how", "of a clip", metavar="T", least=2)
+    fps: int = option(8, "how", "frames per second", metavar="FPS", least=1, most=50)
+    size: int | None = option(None, "how", "enlarge images, or grids of a time lapse, to this width", metavar="PIXELS",
+                              least=1, most=4096)
+    enlarge: str = option("smooth", "how", "in what way", choices=("smooth", "nearest"))
+    format: str = option("webp", "how", "of clips; mp4 needs the package av", choices=CLIP_FORMATS)
+    out: str = option("generated", "how", "folder to write to", metavar="DIR")
+    device: str = option("auto", "how", "where to compute", choices=DEVICES)
+
+    def faults(self):
+        """Returns one line for every setting that cannot work, each starting with the option's name."""
+        found = super().faults()
+        asked = ["--" + name.replace("_", "-") for name in KINDS if getattr(self, name)]
+        if len(asked) > 1:
+            found.append(f"{asked[0]}: one thing at a time, so it does not go with {', '.join(asked[1:])}")
+        elif self.grid and asked and asked[0] not in ("--clip", "--alpha-maps"):
+            found.append(f"--grid: does not go with {asked[0]}")
+        return found
+
+
+def walk(z, num_frames, *, seed=0, index=0):
+    """Returns latent vectors (T, Z) along a closed path: a circle through z, at z's distance from the origin.
+
+    The first is z; the last is as far from it as any is from the next.
+
+    Args:
+        z: (1, Z).
+        num_frames: T.
+        seed, index: choose the circle.
+    """
+    aside = latent_noise(seed, (2 * index, 2 * index + 1), z.shape[1], purpose="walk").to(z)
+    length = torch.linalg.vector_norm(z)
+    angle = 2 * math.pi * torch.arange(num_frames, device=z.device)[:, None] / num_frames
+    circle = (1 - angle.cos()) * aside[0] + angle.sin() * aside[1]
+    path = z + WALK_RADIUS * length / math.sqrt(z.shape[1]) * circle
+    return path * (length / torch.linalg.vector_norm(path, dim=1, keepdim=True))
+
+
+def morph(z, other, num_frames):
+    """Returns latent vectors (T, Z) from z (1, Z) to another halfway through, and back, slowing down at both."""
+    angle = 2 * math.pi * torch.arange(num_frames, device=z.device)[:, None] / num_frames
+    return torch.lerp(z, other, (1 - angle.cos()) / 2)
+
+
+@torch.no_grad()
+def decode_each(vae, z):
+    """Yields what VAE.decode_parts makes of each row of z (N, Z): one at a time, so none depends on how many there are."""
+    for row in z.split(1):
+        yield vae.decode_parts(row)
+
+
+def frames_of(vae, z):
+    """Returns the images (T, C, H, W) of latent vectors (T, Z), on the CPU."""
+    return torch.cat([decoded.images.cpu() for decoded in decode_each(vae, z)])
+
+
+@torch.no_grad()
+def encode_photo(vae, path):
+    """Returns the mean latent vector (1, Z) of a picture file, which is cropped to a square and resized.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        image = decode_image(pathlib.Path(path).expanduser(), vae.image_shape[-1])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return vae.encode(image[None].to(vae.mu.weight.device) / 255)[0]
+
+
+def time_lapse(run):
+    """Returns the sample grids (T, C, H, W) of a run folder, in the order of steps.
+
+    Raises:
+        GenerateError: there are none.
+        DataError: one cannot be read.
+    """
+    paths = sorted(pathlib.Path(run).glob("samples/step_*.png"), key=lambda path: (len(path.name), path.name))
+    if not paths:
+        raise GenerateError(f"{run}: no sample grids in it (samples/step_*.png); a run folder of training.py is needed")
+    try:
+        with Image.open(paths[-1], formats=["PNG"]) as last:
+            side = last.width
+        return torch.stack([decode_image(path, side) for path in tqdm(paths, unit="grid", disable=None)]) / 255
+    except (DataError, OSError) as error:
+        raise DataError(f"{run}: its sample grids cannot be read: {error}") from None
+
+
+def generate(source, options):
+    """Writes what `options` ask for; returns the paths.
+
+    Args:
+        source: a checkpoint or a run folder.
+        options: Options.
+
+    Raises:
+        CheckpointError, DataError, GenerateError, program.DeviceError, OSError: what cannot be done, in one line.
+    """
+    options.check()
+    if options.export:
+        return [export_generator(source, options.export, report=program.say)]
+    if options.timelapse:
+        return [_save(time_lapse(source), "timelapse", options)]
+    vae = load_generator(source, report=program.say).to(program.pick_device(options.device))
+    if options.animate:
+        frames = frames_of(vae, walk(encode_photo(vae, options.animate), options.frames, seed=options.seed))
+        return [_save(frames, f"{pathlib.Path(options.animate).stem}-animated", options)]
+    if options.morph:
+        one, other = (encode_photo(vae, photo) for photo in options.morph)
+        names = [pathlib.Path(photo).stem for photo in options.morph]
+        return [_save(frames_of(vae, morph(one, other, options.frames)), "-to-".join(names), options)]
+    if options.alpha_maps:
+        if vae.output_layer is None:
+            raise GenerateError(f"--alpha-maps: {source} was trained with --output-layer none")
+        return [_save_alpha_maps(vae, options)]
+
+    numbers = tqdm(range(options.num_images), unit=options.clip or "image", disable=None)
+    shown = ((index, _frames(vae, index, options)) for index in numbers)
+    kind = f"-{options.clip}" if options.clip else ""
+    if not options.grid:
+        return [_save(frames, f"seed{options.seed}-{index:05d}{kind}", options) for index, frames in shown]
+    frames = torch.stack([_enlarged(frames, options) for _, frames in shown], dim=1)
+    rows = torch.stack([grid(frame, columns=math.ceil(math.sqrt(len(frame)))) for frame in frames])
+    return [_save(rows, f"seed{options.seed}-grid{kind}", dataclasses.replace(options, size=None))]
+
+
+def _frames(vae, index, options):
+    """What is shown of image number `index`: frames (T, C, H, W), one where no clip is wanted."""
+    z = latent_noise(options.seed, [index], vae.latent_dim).to(vae.mu.weight.device)
+    if options.clip == "walk":
+        return frames_of(vae, walk(z, options.frames, seed=options.seed, index=index))
+    image = frames_of(vae, z)
+    return synthetic_video(image, options.frames)[0] if options.clip == "synthetic" else image
+
+
+def _save_alpha_maps(vae, options):
+    z = latent_noise(options.seed, range(options.num_images), vae.latent_dim).to(vae.mu.weight.device)
+    decoded = tqdm(decode_each(vae, z), total=len(z), unit="image", disable=None)
+    parts = zip(*((part.before, part.alpha, part.images) for part in decoded), strict=True)
+    before, alpha, after = (_enlarged(torch.cat(part).cpu(), options) for part in parts)
+    path = pathlib.Path(options.out, f"seed{options.seed}-alpha.png")
+    save_picture(alpha_picture(before, alpha, after, columns=2), path)
+    return path
+
+
+def _enlarged(images, options):
+    return enlarge(images, options.size or images.shape[-1], smooth=options.enlarge == "smooth")
+
+
+def _save(frames, name, options):
+    """Writes frames (T, C, H, W) as a clip, a single one as a picture; returns the path."""
+    frames = _enlarged(frames, options)
+    path = pathlib.Path(options.out, f"{name}.{options.format if len(frames) > 1 else 'png'}")
+    if len(frames) > 1:
+        save_clip(frames, path, frames_per_second=options.fps)
+    else:
+        save_picture(frames[0], path)
+    return path
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="generate.py", usage="generate.py RUN_OR_CHECKPOINT [options]", allow_abbrev=False,
+        description="Pictures and clips from a trained generator; without options, single images.")
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder of training.py, or a checkpoint")
+    add_options(parser, Options)
+    given = vars(parser.parse_args(arguments))
+    source, options = given.pop("source"), Options(**given)
+    if faults := options.faults():
+        parser.exit(2, "\n".join(faults) + "\n")
+    with program.output():
+        if options.format == "mp4" and not importlib.util.find_spec("av"):
+            program.say("MP4 needs the package av (pip install av): WebP is written instead")
+            options = dataclasses.replace(options, format="webp")
+        try:
+            paths = generate(source, options)
+        except (CheckpointError, DataError, GenerateError, program.DeviceError, OSError) as error:
+            program.complain(str(error))
+            return 2
+        except KeyboardInterrupt:
+            return 130
+        program.say(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Tensors to pictures and clips that a person can look at: PNG, WebP, GIF, MP4.
+
+Notation as in model_definitions.py. A picture is (C, H, W), the frames of a clip are (T, C, H, W), float in [0, 1].
+"""
+import pathlib
+
+import torch
+from PIL import ImageDraw, ImageFont
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+
+from safe_files import whole_file
+from synthetic_video import interpolation_matrix
+
+CLIP_FORMATS = ("webp", "gif", "mp4")
+HEAT = ((0.1, 0.1, 0.3), (0.3, 0.2, 0.7), (0.8, 0.3, 0.5), (1.0, 0.7, 0.3), (1.0, 1.0, 0.8))  # ever brighter
+SCALE_HEIGHT = 24  # pixels, of the bar below a heat map and the numbers below the bar
+
+
+def grid(images, *, columns):
+    """Returns images (N, C, H, W) as one picture, in rows of `columns`, with white between them."""
+    return make_grid(images, nrow=columns, padding=2, pad_value=1.0)
+
+
+def enlarge(images, size, *, smooth):
+    """Returns images (N, C, H, W) with their width changed to `size`: with soft edges, or pixel by pixel."""
+    if size == images.shape[-1]:
+        return images
+    to = (round(images.shape[-2] * size / images.shape[-1]), size)
+    return F.interpolate(images, to, mode="bicubic" if smooth else "nearest-exact", antialias=smooth)
+
+
+def alpha_picture(before, alpha, after, *, columns):
+    """Returns a picture of what the output layer does: image before, alpha as a heat map, image after; a scale below.
+
+    Args:
+        before, after: (N, C, H, W) in [0, 1].
+        alpha: (N, 1, H, W) or (1, 1, H, W).
+        columns: how many of the N stand side by side.
+    """
+    low, high = (bound.item() for bound in alpha.aminmax())
+    heat = _heat((alpha - low) / max(high - low, 1e-6)).expand_as(before)
+    strips = grid(torch.stack([before, heat, after], dim=1).flatten(0, 1), columns=3 * columns)
+    return torch.cat([strips, _scale(low, high, width=strips.shape[-1])], dim=1)
+
+
+def _heat(values):
+    """(N, 1, H, W) in [0, 1] to colours (N, 3, H, W)."""
+    colours = torch.tensor(HEAT, dtype=values.dtype)
+    return (interpolation_matrix(values.squeeze(1) * (len(HEAT) - 1), len(HEAT)) @ colours).permute(0, 3, 1, 2)
+
+
+def _scale(low, high, *, width):
+    """A bar (3, SCALE_HEIGHT, width) of the heat map's colours, with the numbers that its ends stand for."""
+    image = to_pil_image(_heat(torch.linspace(0, 1, width).expand(1, 1, SCALE_HEIGHT, width))[0])
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default()
+    draw.rectangle((0, SCALE_HEIGHT // 2, width, SCALE_HEIGHT), fill="white")
+    draw.text((2, SCALE_HEIGHT), f"{low:.2f}", "black", font, anchor="ld")
+    draw.text((width - 2, SCALE_HEIGHT), f"{high:.2f}", "black", font, anchor="rd")
+    return pil_to_tensor(image) / 255
+
+
+def save_picture(picture, path):
+    """Writes a picture as PNG."""
+    with whole_file(path) as file:
+        _to_pil(picture).save(file, format="PNG")
+
+
+def save_clip(frames, path, *, frames_per_second):
+    """Writes frames as a clip in the format of the path's ending, one of CLIP_FORMATS; WebP and GIF repeat for ever."""
+    path = pathlib.Path(path)
+    if path.suffix == ".mp4":
+        return _save_mp4(frames, path, frames_per_second)
+    first, *others = map(_to_pil, frames)
+    quality = {"quality": 90} if path.suffix == ".webp" else {}
+    with whole_file(path) as file:
+        first.save(file, format=path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
+                   duration=round(1000 / frames_per_second), **quality)
+    return None
+
+
+def _save_mp4(frames, path, frames_per_second):
+    """H.264 in the colours that every player knows, which come in blocks of 2 x 2 pixels."""
+    import av  # an optional package
+
+    height, width = frames.shape[-2:]
+    frames = F.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
+    with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=frames_per_second)
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        stream.options = {"crf": "16"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(_to_pil(frame))))
+        container.mux(stream.encode())
+
+
+def _to_pil(picture):
+    return to_pil_image((picture * 255).round().clamp(0, 255).to(torch.uint8))

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from pictures import CLIP_FORMATS, SCALE_HEIGHT, alpha_picture, enlarge, grid, save_clip, save_picture
+
+
+def read(path):
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB")) / 255
+
+
+def frames_in(path):
+    if path.suffix == ".mp4":
+        import av
+
+        with av.open(path) as container:
+            return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+                                for frame in container.decode(video=0)]) / 255
+    with Image.open(path) as image:
+        return torch.stack([pil_to_tensor(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]) / 255
+
+
+def test_a_picture_comes_back_rounded_and_not_wrapped_around(tmp_path):
+    picture = torch.tensor([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 0.5, 1.0, 1.1]).expand(3, 4, 7)
+    save_picture(picture, tmp_path / "a.png")
+    assert (read(tmp_path / "a.png")[0, 0] * 255).round().tolist() == [0, 0, 0, 1, 128, 255, 255]
+
+
+@pytest.mark.parametrize("ending", CLIP_FORMATS)
+def test_a_clip_has_its_frames_in_order_at_its_speed(tmp_path, ending):
+    frames = torch.linspace(0.1, 0.9, 5).view(5, 1, 1, 1).expand(5, 3, 33, 36)
+    path = tmp_path / f"clip.{ending}"
+    save_clip(frames, path, frames_per_second=10)
+    again = frames_in(path)
+    assert len(again) == 5
+    assert (again[..., :33, :36] - frames).abs().max() < 0.03
+    if ending == "mp4":
+        import av
+
+        with av.open(path) as container:
+            assert container.streams.video[0].average_rate == 10
+    else:
+        with Image.open(path) as image:
+            assert image.info["loop"] == 0
+            image.seek(1)
+            image.load()
+            assert image.info["duration"] == 100
+
+
+def test_enlarging_repeats_pixels_or_smooths_them():
+    image = torch.rand(1, 3, 8, 8)
+    assert torch.equal(enlarge(image, 24, smooth=False), image.repeat_interleave(3, 2).repeat_interleave(3, 3))
+    smooth = enlarge(image, 24, smooth=True)
+    assert smooth.shape == (1, 3, 24, 24)
+    assert (smooth.diff(dim=3).abs().max() < 0.8 * image.diff(dim=3).abs().max())
+    assert enlarge(torch.rand(2, 3, 4, 8), 16, smooth=True).shape == (2, 3, 8, 16)
+    assert torch.equal(enlarge(image, 8, smooth=True), image)
+
+
+def test_a_grid_has_rows_of_so_many_columns():
+    picture = grid(torch.stack([torch.full((3, 4, 4), value) for value in (0.1, 0.2, 0.3)]), columns=2)
+    assert picture.shape == (3, 14, 14)
+    assert [picture[0, y, x].item() for y, x in ((3, 3), (3, 9), (9, 3))] == pytest.approx([0.1, 0.2, 0.3])
+    assert picture[0, 0, 0] == 1
+
+
+def test_alpha_maps_show_before_alpha_and_after_with_a_scale():
+    before, after = torch.full((2, 3, 32, 32), 0.25), torch.full((2, 3, 32, 32), 0.75)
+    alpha = torch.linspace(2, 4, 32).expand(2, 1, 32, 32)
+    picture = alpha_picture(before, alpha, after, columns=1)
+    assert picture.shape == (3, 2 * 34 + 2 + SCALE_HEIGHT, 3 * 34 + 2)
+    assert (picture[:, 10, 10] == 0.25).all()
+    assert (picture[:, 10, 80] == 0.75).all()
+    brightness = picture[:, 10, 36:68].mean(dim=0)
+    assert (brightness.diff() > 0).all()  # higher alpha is brighter
+    assert (picture[:, -SCALE_HEIGHT + 4].mean(dim=0).diff() >= -1 / 255).all()  # and so is the bar
+    numbers = picture[0, -SCALE_HEIGHT // 2 + 1:]
+    assert (numbers[:, :30] < 0.5).any()
+    assert (numbers[:, -30:] < 0.5).any()
+
+
+def test_an_alpha_that_is_the_same_everywhere_is_one_colour():
+    picture = alpha_picture(torch.zeros(1, 3, 32, 32), torch.full((1, 1, 32, 32), 3.0), torch.ones(1, 3, 32, 32), columns=1)
+    assert picture.isfinite().all()
+    assert picture[:, 2:34, 36:68].flatten(1).unique(dim=1).shape[1] == 1
