@@ -12,6 +12,7 @@ import sys
 
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import program
@@ -81,7 +82,7 @@ def walk(z, num_frames, *, seed=0, index=0):
     angle = 2 * math.pi * torch.arange(num_frames, device=z.device)[:, None] / num_frames
     circle = (1 - angle.cos()) * aside[0] + angle.sin() * aside[1]
     path = z + WALK_RADIUS * length / math.sqrt(z.shape[1]) * circle
-    return path * (length / torch.linalg.vector_norm(path, dim=1, keepdim=True))
+    return length * F.normalize(path, dim=1)
 
 
 def morph(z, other, num_frames):

@@ -604,6 +604,8 @@ def _find_run(config):
     if config.resume:
         if state is None:
             state = load_checkpoint(config.resume)
+            if not state["critic"]:
+                raise CheckpointError(f"--resume: {config.resume} holds a generator alone, which cannot be trained further")
         elif state["config"].get("resume") != config.resume:
             raise RunFolderError(f"--resume: {out} already holds a run; name a new folder with --out")
     return out, checkpoints, state

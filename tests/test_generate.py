@@ -1,0 +1,250 @@
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_checkpointing import MODEL, STATE, Payload
+from test_pictures import frames_in, read
+from torch.nn import functional as F
+
+import generate
+from checkpointing import load_checkpoint, load_generator, save_checkpoint
+from demo_images import draw_shape
+from generate import Options, encode_photo, frames_of, morph, time_lapse, walk
+from model_definitions import VAE
+from pictures import enlarge
+from randomness import latent_noise
+from synthetic_video import synthetic_video
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    return save_checkpoint(tmp_path / "saved", 1, STATE | {"averaged": VAE(**MODEL).state_dict()}, keep=1)
+
+
+@pytest.fixture
+def photos():
+    for index, name in enumerate(("a.png", "b.jpg")):
+        draw_shape("heart", random.Random(index)).save(name)
+    return "a.png", "b.jpg"
+
+
+def assert_near(frames, expected):
+    """Each frame is like its own counterpart, and more so than like any other; a clip may be lossy in detail."""
+    assert frames.shape == expected.shape
+    frames, expected = (F.avg_pool2d(images, 4).flatten(1) for images in (frames, expected))
+    difference = (frames[:, None] - expected[None]).square().mean(dim=2).sqrt()
+    assert difference.diagonal().max() < 0.03
+    assert difference.argmin(dim=1).tolist() == list(range(len(frames)))
+
+
+def written():
+    return sorted(path.name for path in pathlib.Path("generated").iterdir())
+
+
+def picture(name):
+    return read(pathlib.Path("generated", name))
+
+
+def clip(name):
+    return frames_in(pathlib.Path("generated", name))
+
+
+def test_an_image_depends_on_its_seed_and_number_alone(checkpoint):
+    assert generate.main([str(checkpoint), "--num-images", "5"]) == 0
+    assert written() == [f"seed0-0000{index}.png" for index in range(5)]
+    five = [path.read_bytes() for path in sorted(pathlib.Path("generated").iterdir())]
+    assert len(set(five)) == 5
+    assert generate.main([str(checkpoint), "--num-images", "3", "--out", "other"]) == 0
+    assert [path.read_bytes() for path in sorted(pathlib.Path("other").iterdir())] == five[:3]
+    assert generate.main([str(checkpoint), "--num-images", "1", "--seed", "4"]) == 0
+    assert pathlib.Path("generated/seed4-00000.png").read_bytes() not in five
+
+
+def test_the_pictures_of_a_run_are_those_of_its_sample_grid(train_tiny):
+    run = train_tiny(steps=3, seed=5)
+    assert generate.main([str(run), "--grid", "--num-images", "64", "--seed", "5"]) == 0
+    assert (picture("seed5-grid.png") - read(run / "samples" / "step_0000003.png")).abs().max() < 1.01 / 255
+
+
+def test_what_it_says_is_what_it_wrote(checkpoint, capfd):
+    generate.main([str(checkpoint), "--num-images", "3"])
+    assert capfd.readouterr().out == "wrote generated/seed0-00000.png and 2 more\n"
+
+
+def test_a_walk_is_a_closed_smooth_path_through_its_start_at_one_distance():
+    z = latent_noise(1, [7], 128)
+    path = walk(z, 16, seed=1, index=7)
+    assert torch.allclose(path[0], z[0])
+    assert torch.allclose(path.norm(dim=1), z.norm().expand(16))
+    steps = (path - path.roll(1, 0)).norm(dim=1)
+    assert steps.max() < 1.5 * steps.min()  # the one from the last to the first among them
+    assert (path - z).norm(dim=1).max() < 0.7 * z.norm()
+    assert not torch.allclose(walk(z, 16, seed=1, index=8)[5], path[5])
+    assert walk(torch.zeros(1, 8), 4).isfinite().all()
+
+
+def test_a_morph_goes_from_one_to_the_other_and_back():
+    a, b = latent_noise(0, [0], 8), latent_noise(0, [1], 8)
+    path = morph(a, b, 16)
+    assert torch.allclose(path[0], a[0])
+    assert torch.allclose(path[8], b[0])
+    assert torch.allclose(path[1:], path[1:].flip(0), atol=1e-6)
+
+
+def test_walks_begin_at_their_images(checkpoint):
+    vae = load_generator(checkpoint)
+    assert generate.main([str(checkpoint), "--num-images", "2", "--clip", "walk", "--frames", "5"]) == 0
+    assert written() == ["seed0-00000-walk.webp", "seed0-00001-walk.webp"]
+    for index in range(2):
+        frames = clip(f"seed0-0000{index}-walk.webp")
+        z = latent_noise(0, [index], MODEL["latent_dim"])
+        assert_near(frames, frames_of(vae, walk(z, 5, index=index)))
+        assert_near(frames[:1], vae.decode(z))
+
+
+def test_the_synthetic_video_of_an_image_as_a_clip(checkpoint):
+    vae = load_generator(checkpoint)
+    assert generate.main([str(checkpoint), "--num-images", "1", "--clip", "synthetic", "--frames", "5"]) == 0
+    expected = synthetic_video(vae.decode(latent_noise(0, [0], MODEL["latent_dim"])), 5)[0]
+    assert_near(clip("seed0-00000-synthetic.webp"), expected)
+
+
+def test_a_grid_of_clips_moves_all_of_them_at_once(checkpoint):
+    vae = load_generator(checkpoint)
+    assert generate.main([str(checkpoint), "--num-images", "3", "--clip", "walk", "--grid", "--frames", "4", "--size", "64",
+                          "--enlarge", "nearest"]) == 0
+    frames = clip("seed0-grid-walk.webp")
+    assert frames.shape == (4, 3, 2 * 66 + 2, 2 * 66 + 2)
+    third = frames_of(vae, walk(latent_noise(0, [2], MODEL["latent_dim"]), 4, index=2))
+    assert_near(frames[:, :, 68:132, 2:66], enlarge(third, 64, smooth=False))
+
+
+def test_a_photo_is_encoded_and_walked_around(checkpoint, photos):
+    vae = load_generator(checkpoint)
+    mu = encode_photo(vae, photos[0])
+    assert torch.equal(mu, vae.encode(generate.decode_image(pathlib.Path(photos[0]), 32)[None] / 255)[0])
+    assert generate.main([str(checkpoint), "--animate", photos[0], "--format", "gif", "--frames", "6"]) == 0
+    frames = clip("a-animated.gif")
+    assert len(frames) == 6
+    assert_near(frames[:1], vae.decode(mu))
+
+
+def test_two_photos_are_morphed(checkpoint, photos):
+    vae = load_generator(checkpoint)
+    assert generate.main([str(checkpoint), "--morph", *photos]) == 0
+    frames = clip("a-to-b.webp")
+    for frame, photo in ((0, photos[0]), (8, photos[1])):
+        assert_near(frames[frame:frame + 1], vae.decode(encode_photo(vae, photo)))
+
+
+def test_alpha_maps_are_of_the_images_of_the_seed(checkpoint):
+    vae = load_generator(checkpoint)
+    assert generate.main([str(checkpoint), "--num-images", "2", "--alpha-maps"]) == 0
+    drawn = picture("seed0-alpha.png")
+    decoded = vae.decode_parts(latent_noise(0, range(2), MODEL["latent_dim"]))
+    for index in range(2):
+        left = 2 + 102 * index
+        assert (drawn[:, 2:34, left:left + 32] - decoded.before[index]).abs().max() < 1 / 255
+        assert (drawn[:, 2:34, left + 68:left + 100] - decoded.images[index]).abs().max() < 1 / 255
+
+
+def test_a_time_lapse_shows_the_sample_grids_in_order(train_tiny):
+    run = train_tiny(steps=3, sample_every=1, generator_learning_rate=0.05, ema_half_life_images=1.0)
+    (run / "samples" / "step_0000003.png").rename(run / "samples" / "step_10000000.png")
+    assert generate.main([str(run), "--timelapse", "--fps", "5"]) == 0
+    frames = clip("timelapse.webp")
+    expected = [read(run / "samples" / f"step_{name}.png") for name in ("0000000", "0000001", "0000002", "10000000")]
+    assert_near(frames, torch.stack(expected))
+    assert torch.equal(time_lapse(run)[-1], expected[-1])
+
+
+def test_mp4_is_written_where_av_is_installed_and_asked_for_where_not(checkpoint, monkeypatch, capfd):
+    assert generate.main([str(checkpoint), "--num-images", "1", "--clip", "walk", "--format", "mp4"]) == 0
+    assert clip("seed0-00000-walk.mp4").shape == (16, 3, 32, 32)
+    monkeypatch.setitem(sys.modules, "av", None)
+    capfd.readouterr()
+    assert generate.main([str(checkpoint), "--num-images", "1", "--clip", "walk", "--format", "mp4"]) == 0
+    assert capfd.readouterr().out.splitlines()[0] == "MP4 needs the package av (pip install av): WebP is written instead"
+    assert written() == ["seed0-00000-walk.mp4", "seed0-00000-walk.webp"]
+
+
+def test_an_exported_generator_is_the_same_and_says_nothing_of_its_maker(train_tiny, capfd):
+    run = train_tiny(steps=2)
+    assert generate.main([str(run), "--export", "small.pt"]) == 0
+    one, other = load_generator(run).state_dict(), load_generator("small.pt").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    whole = run / "checkpoints" / "step_0000002.pt"
+    assert os.path.getsize("small.pt") < os.path.getsize(whole) / 3
+    assert b"images" in whole.read_bytes()  # the name of the data folder
+    assert str(pathlib.Path.cwd()).encode() not in pathlib.Path("small.pt").read_bytes()
+    assert load_checkpoint("small.pt")["config"]["steps"] == 2
+    assert generate.main([str(run), "--export", "small.pt"]) == 2
+    assert "small.pt is there already" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="small.pt holds a generator alone"):
+        train_tiny(steps=3, out="new", resume="small.pt")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["nowhere"], "nowhere: no such file"),
+    ([".", ], ".: no checkpoints below it"),
+    (["a.png"], "a.png: not a checkpoint, or a damaged one"),
+    (["old.pt"], "old.pt: not a checkpoint of this program, or of another version"),
+    (["code.pt"], "code.pt: not a checkpoint, or a damaged one"),
+    (["saved/step_0000001.pt", "--animate", "none.jpg"], "none.jpg: no such file"),
+    (["saved/step_0000001.pt", "--animate", "old.pt"], "old.pt: cannot identify image file"),
+    (["saved/step_0000001.pt", "--morph", "a.png", "none.jpg"], "none.jpg: no such file"),
+    (["saved/step_0000001.pt", "--timelapse"], "no sample grids in it"),
+    (["plain/step_0000001.pt", "--alpha-maps"], "was trained with --output-layer none"),
+    (["saved/step_0000001.pt", "--out", "a.png"], "could not be written"),
+    (["saved/step_0000001.pt", "--clip", "walk", "--morph", "a.png", "b.jpg"], "--clip: one thing at a time"),
+    (["saved/step_0000001.pt", "--grid", "--animate", "a.png"], "--grid: does not go with --animate"),
+    (["saved/step_0000001.pt", "--clip", "dance"], "--clip: must be one of walk, synthetic, got dance"),
+    (["saved/step_0000001.pt", "--fps", "0"], "--fps: must be at least 1, got 0"),
+    (["saved/step_0000001.pt", "--fps", "51"], "--fps: must be at most 50, got 51"),
+    (["saved/step_0000001.pt", "--num-images", "few"], "--num-images: must be a whole number, got 'few'"),
+    pytest.param(["saved/step_0000001.pt", "--device", "cuda"], "--device: cuda is not available here; there is cpu",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")),
+])
+def test_what_cannot_be_had_is_said_in_one_line(checkpoint, photos, capfd, arguments, said):
+    torch.save({"format": 1, **STATE}, "old.pt")
+    torch.save({"format": 2, "x": Payload()}, "code.pt")
+    plain = MODEL | {"output_layer": "none"}
+    save_checkpoint("plain", 1, STATE | {"model_arguments": plain, "averaged": VAE(**plain).state_dict()}, keep=1)
+    before = sorted(os.listdir())
+    try:
+        status = generate.main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert said in line
+    assert sorted(os.listdir()) == before
+
+
+def test_a_broken_sample_grid_is_named(train_tiny, capfd):
+    run = train_tiny(steps=2, sample_every=1)
+    (run / "samples" / "step_0000001.png").write_bytes(b"torn")
+    assert generate.main([str(run), "--timelapse"]) == 2
+    assert "its sample grids cannot be read" in capfd.readouterr().err
+
+
+def test_it_runs_anywhere_from_the_file_alone(checkpoint, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run([sys.executable, "-W", "error", ROOT / "generate.py", checkpoint, "--num-images", "1"],
+                          cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "wrote generated/seed0-00000.png\n", "")
+    assert os.listdir(elsewhere / "generated") == ["seed0-00000.png"]
+
+
+def test_options_can_be_given_from_a_notebook(checkpoint):
+    paths = generate.generate(checkpoint, Options(num_images=2, size=64))
+    assert [read(path).shape for path in paths] == [(3, 64, 64)] * 2
+    with pytest.raises(ValueError, match="--frames: must be at least 2, got 1"):
+        generate.generate(checkpoint, Options(frames=1))
