@@ -103,18 +103,22 @@ def frames_of(vae, z):
     return torch.cat([decoded.images.cpu() for decoded in decode_each(vae, z)])
 
 
-@torch.no_grad()
-def encode_photo(vae, path):
-    """Returns the mean latent vector (1, Z) of a picture file, which is cropped to a square and resized.
+def read_photo(path, size):
+    """Returns a picture file as (1, C, size, size) in [0, 1], cropped to a square and resized.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        image = decode_image(pathlib.Path(path).expanduser(), vae.image_shape[-1])
+        return decode_image(pathlib.Path(path).expanduser(), size)[None] / 255
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    return vae.encode(image[None].to(vae.mu.weight.device) / 255)[0]
+
+
+@torch.no_grad()
+def encode_photo(vae, path):
+    """Returns the mean latent vector (1, Z) of a picture file. Raises as read_photo."""
+    return vae.encode(read_photo(path, vae.image_shape[-1]).to(vae.mu.weight.device))[0]
 
 
 def time_lapse(run):

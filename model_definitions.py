@@ -53,6 +53,10 @@ class AlphaMap(nn.Module):
         cells = (torch.arange(image_size) + 0.5) * alpha_grid / image_size - 0.5  # pixel centres, counted in cells
         self.register_buffer("enlarge", interpolation_matrix(cells, alpha_grid), persistent=False)
 
+    def extra_repr(self):
+        size, grid = self.enlarge.shape
+        return f"(N, {grid}, {grid}) -> (N, 1, {size}, {size})"
+
     def forward(self, grid):
         with torch.autocast(grid.device.type, enabled=False):
             alpha = F.softplus(_at_least_float32(grid) + self.offset)
@@ -92,6 +96,10 @@ class CNN(nn.Module):
         # Near zero, so that alpha starts where it should; not zero, or no gradient would reach the convolution.
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
+
+    def extra_repr(self):
+        size = self.input_shape[-1]
+        return f"{_shape(self.input_shape)} -> (N, 1, {size}, {size})"
 
     def forward(self, video):
         features = video.flatten(1, 2) if video.dim() == 5 else video
@@ -135,7 +143,8 @@ class CNNParamTanh(nn.Module):
                        initial_alpha=1.0 if rescale else INITIAL_ALPHA)
 
     def extra_repr(self):
-        return f"num_frames={self.num_frames}, rescale={self.rescale}"
+        shape = _shape((CHANNELS, *self.cnn.input_shape[1:]))
+        return f"{shape} -> {shape}, num_frames={self.num_frames}, rescale={self.rescale}"
 
     def parts(self, images):
         """Returns (video, alpha, images after the layer)."""
@@ -221,6 +230,9 @@ class VAE(nn.Module):
         grey = 0.5 if self.output_layer is None else math.atanh(0.5) / INITIAL_ALPHA
         nn.init.constant_(self.decoder[-1].bias, math.log(grey / (1 - grey)))
 
+    def extra_repr(self):
+        return f"images {_shape(self.image_shape)}, z (N, {self.latent_dim})"
+
     def encode(self, images):
         """Returns (mu, logvar), each (N, Z), for images (N, C, H, W) in [0, 1]."""
         _check_shape("images", images, self.image_shape)
@@ -282,6 +294,9 @@ class Discriminator(nn.Module):
         self.blocks = _downsampling_blocks(widths)
         self.score = nn.Linear(widths[-1] * SMALLEST_MAP**2, 1, bias=False)
         _initialise(self.blocks)
+
+    def extra_repr(self):
+        return f"{_shape(self.image_shape)} -> (N,)"
 
     def forward(self, images):
         _check_shape("images", images, self.image_shape)
@@ -367,5 +382,9 @@ def _check_image_size(image_size):
 
 def _check_shape(name, tensor, shape):
     if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != tuple(shape):
-        expected = ", ".join(map(str, ("N", *shape)))
-        raise ValueError(f"expected {name} of shape ({expected}), got {tuple(tensor.shape)}")
+        raise ValueError(f"expected {name} of shape {_shape(shape)}, got {tuple(tensor.shape)}")
+
+
+def _shape(shape):
+    """As text, with the batch before it: (N, 3, 64, 64)."""
+    return f"(N, {', '.join(map(str, shape))})"

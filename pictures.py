@@ -64,7 +64,7 @@ def _scale(low, high, *, width):
 def save_picture(picture, path):
     """Writes a picture as PNG."""
     with whole_file(path) as file:
-        _to_pil(picture).save(file, format="PNG")
+        to_pil(picture).save(file, format="PNG")
 
 
 def save_clip(frames, path, *, frames_per_second):
@@ -72,7 +72,7 @@ def save_clip(frames, path, *, frames_per_second):
     path = pathlib.Path(path)
     if path.suffix == ".mp4":
         return _save_mp4(frames, path, frames_per_second)
-    first, *others = map(_to_pil, frames)
+    first, *others = map(to_pil, frames)
     quality = {"quality": 90} if path.suffix == ".webp" else {}
     with whole_file(path) as file:
         first.save(file, format=path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
@@ -91,9 +91,10 @@ def _save_mp4(frames, path, frames_per_second):
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         stream.options = {"crf": "16"}
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(_to_pil(frame))))
+            container.mux(stream.encode(av.VideoFrame.from_image(to_pil(frame))))
         container.mux(stream.encode())
 
 
-def _to_pil(picture):
+def to_pil(picture):
+    """Returns a picture as an image of Pillow, rounded to 8 bits."""
     return to_pil_image((picture * 255).round().clamp(0, 255).to(torch.uint8))

@@ -233,5 +233,9 @@ def test_wrong_shapes_are_refused_with_the_shape_and_what_was_expected():
         CNN(image_size=32)(torch.rand(1, 8, 3, 32, 32))
 
 
-def test_reprs_show_the_settings():
-    assert "num_frames=16, rescale=False" in repr(CNNParamTanh(image_size=32))
+def test_reprs_show_settings_and_shapes():
+    vae = repr(VAE(image_size=64, latent_dim=9, base_channels=2, alpha_grid=8))
+    for expected in ("images (N, 3, 64, 64), z (N, 9)", "(N, 3, 64, 64) -> (N, 3, 64, 64), num_frames=16, rescale=False",
+                     "(N, 48, 64, 64) -> (N, 1, 64, 64)", "AlphaMap((N, 8, 8) -> (N, 1, 64, 64))"):
+        assert expected in vae
+    assert "(N, 3, 32, 32) -> (N,)" in repr(Discriminator(image_size=32, base_channels=2))
