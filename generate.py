@@ -211,16 +211,22 @@ def _save(frames, name, options):
     return path
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
+def parser():
+    """Returns the argparse parser of generate.py."""
+    made = argparse.ArgumentParser(
         prog="generate.py", usage="generate.py RUN_OR_CHECKPOINT [options]", allow_abbrev=False,
         description="Pictures and clips from a trained generator; without options, single images.")
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder of training.py, or a checkpoint")
-    add_options(parser, Options)
-    given = vars(parser.parse_args(arguments))
+    made.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder of training.py, or a checkpoint")
+    add_options(made, Options)
+    return made
+
+
+def main(arguments=None):
+    made = parser()
+    given = vars(made.parse_args(arguments))
     source, options = given.pop("source"), Options(**given)
     if faults := options.faults():
-        parser.exit(2, "\n".join(faults) + "\n")
+        made.exit(2, "\n".join(faults) + "\n")
     with program.output():
         if options.format == "mp4" and not importlib.util.find_spec("av"):
             program.say("MP4 needs the package av (pip install av): WebP is written instead")

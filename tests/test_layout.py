@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "parallel": {"torch"},
     "generate": {"torch", "PIL", "tqdm", "program", "checkpointing", "config", "image_data", "pictures", "randomness",
                  "synthetic_video"},
+    "quality": {"torch"},
+    "evaluate": {"torch", "tqdm", "program", "checkpointing", "config", "image_data", "quality", "randomness"},
     "training": {"torch", "tqdm", "config", "program", "randomness", "synthetic_video", "model_definitions", "losses",
                  "augmentation", "image_data", "data_report", "demo_images", "pictures", "checkpointing", "run_folder",
                  "acceleration", "parallel"},

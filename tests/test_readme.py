@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, save_picture
 from torch import nn
 
+import generate
 import training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -23,7 +24,9 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_training_commands_work(image_folder):
+def test_training_commands_work(image_folder, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):  # hidden by conftest
+        monkeypatch.delitem(sys.modules, name)
     commands = [shlex.split(line)[2:] for block in blocks("bash") for line in block.splitlines()
                 if line.startswith(".venv/bin/python training.py")]
     assert commands
@@ -31,6 +34,20 @@ def test_training_commands_work(image_folder):
         assert training.main([*arguments, *TINY_OPTIONS, "--steps", "2"]) == 0
     tree = re.search(r"```\nruns/images/\n(.*?)```", README, flags=re.DOTALL)[1]
     assert {path.name for path in pathlib.Path("runs/images").glob("[!.]*")} == set(re.findall(r"(?m)^  ([\w.]+)", tree))
+
+
+def test_generating_commands_work(train_tiny):
+    train_tiny(steps=2)
+    os.symlink(ROOT / "pretrained", "pretrained")
+    for name in ("photo.jpg", "a.jpg", "b.jpg"):
+        save_picture(name)
+    commands = [shlex.split(line, comments=True)[2:] for block in blocks("bash") for line in block.splitlines()
+                if line.startswith(".venv/bin/python generate.py")]
+    assert {"--clip", "--animate", "--morph", "--alpha-maps", "--timelapse", "--export"} <= set(sum(commands, []))
+    for arguments in commands:
+        few = [] if "--grid" in arguments else ["--num-images", "2"]
+        assert generate.main([*arguments, *few]) == 0
+    assert len(os.listdir("generated")) == 2 + 2 + 2 + 2 + 4
 
 
 def test_the_command_for_several_processes_works(image_folder):
@@ -53,13 +70,15 @@ def test_the_benchmark_prints_its_tables(image_folder):
         assert expected in done.stdout
 
 
-def test_notebook_lines_work(train_tiny):
-    train_tiny(steps=2, out="runs/demo")
-    first, second = blocks("python")
-    namespace = runpy.run_path(_written(first))
+def test_notebook_lines_work():
+    os.symlink(ROOT / "pretrained", "pretrained")
+    first, second, third = blocks("python")
+    assert len(first.splitlines()) == 2
+    namespace = runpy.run_path(_written(first + second))
     decoder = nn.Sequential(nn.Linear(5, 3 * 64 * 64), nn.Sigmoid(), nn.Unflatten(1, (3, 64, 64)))
-    namespace |= runpy.run_path(_written(second), init_globals={**namespace, "decoder": decoder})
-    assert namespace["after"].shape == namespace["images"].shape == (8, 3, 32, 32)
+    namespace |= runpy.run_path(_written(third), init_globals={"torch": torch, "decoder": decoder})
+    assert namespace["after"].shape == namespace["images"].shape == (8, 3, 64, 64)
+    assert namespace["mu"].shape == (8, 32)
     assert namespace["model"](torch.rand(2, 5)).shape == (2, 3, 64, 64)
 
 
@@ -72,7 +91,8 @@ def test_files_and_options_that_it_names_exist():
     for name in re.findall(r"`?((?:tests/|benchmarks/)?\w+\.py)`|(docs/\w+\.\w+)", README):
         assert (ROOT / "".join(name)).exists(), name
     options = set(re.findall(r"(--[a-z][a-z-]+)", README)) - {"--nproc-per-node", "--max-restarts"}  # torchrun's
-    known = set(re.findall(r"(--[a-z][a-z-]+)", training.configuration.parser().format_help()))
+    helps = training.configuration.parser().format_help() + generate.parser().format_help()
+    known = set(re.findall(r"(--[a-z][a-z-]+)", helps))
     assert options <= known
 
 

@@ -1,0 +1,80 @@
+"""How good are generated images? Figures that need no pretrained network, as pure functions.
+
+Notation as in model_definitions.py: two sets of images (M, C, H, W) and (N, C, H, W) in [0, 1].
+"""
+import torch
+from torch.nn import functional as F
+
+SMALLEST_LEVEL = 16  # pixels a side of the coarsest level of the pyramid
+PATCH = 7  # pixels a side
+PATCHES_PER_IMAGE = 64
+DIRECTIONS = 512
+THUMBNAIL = 16  # pixels a side of what whole images are compared by: what they show and where, not their texture
+
+
+def sliced_wasserstein(real, fake, *, generator):
+    """Returns the distance between the patches of two sets at each scale: a dict of level size in pixels to distance x 1000.
+
+    Patches of 7 x 7 pixels are taken at random from a Laplacian pyramid, scaled by the mean and deviation that each channel
+    has in the real set, and compared along random directions. The finest level judges texture; the coarsest, of 16 pixels,
+    layout. Two halves of one set give what so many images can tell apart; there is no upper bound.
+
+    Args:
+        real, fake: as many images in one as in the other.
+        generator: a CPU torch.Generator, for patches and directions.
+
+    Source: Karras et al. 2018 (arXiv:1710.10196), section 5, but with the scaling of the real set for both: there each set
+    has its own, which hides a difference in contrast or tint.
+    """
+    distances = {}
+    for real_level, fake_level in zip(_laplacian_pyramid(real), _laplacian_pyramid(fake), strict=True):
+        real_patches, fake_patches = (_patches(level, generator) for level in (real_level, fake_level))
+        mean, deviation = real_patches.mean(dim=(0, 2), keepdim=True), real_patches.std(dim=(0, 2), keepdim=True)
+        directions = F.normalize(torch.randn(real_patches[0].numel(), DIRECTIONS, generator=generator), dim=0)
+        one, other = (((patches - mean) / deviation).flatten(1).matmul(directions).sort(dim=0).values
+                      for patches in (real_patches, fake_patches))
+        distances[real_level.shape[-1]] = 1000 * (one - other).abs().mean().item()
+    return distances
+
+
+def _laplacian_pyramid(images):
+    """What each halving of the images loses, from the finest level on, then the smallest images themselves."""
+    levels = []
+    while images.shape[-1] > SMALLEST_LEVEL:
+        smaller = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+        levels.append(images - F.interpolate(smaller, scale_factor=2, mode="bilinear"))
+        images = smaller
+    return [*levels, images]
+
+
+def _patches(images, generator):
+    """(N * PATCHES_PER_IMAGE, C, PATCH * PATCH)"""
+    places = images.shape[-1] - PATCH + 1
+    count = len(images) * PATCHES_PER_IMAGE
+    rows, columns = torch.randint(places, (2, count), generator=generator)
+    numbers = torch.arange(len(images)).repeat_interleave(PATCHES_PER_IMAGE)
+    return images.unfold(2, PATCH, 1).unfold(3, PATCH, 1)[numbers, :, rows, columns].flatten(2)
+
+
+def thumbnails(images):
+    """Returns images reduced to THUMBNAIL pixels a side, as vectors (N, C * THUMBNAIL**2)."""
+    return F.interpolate(images, (THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True).flatten(1)
+
+
+def diversity(small):
+    """Returns the mean distance between two different thumbnails (N, D) of a set, root mean square over D."""
+    return (torch.pdist(small).mean() / small.shape[1] ** 0.5).item()
+
+
+def nearest_distance(small, others, *, rank=1):
+    """Returns the median over thumbnails (N, D) of the distance to the nearest of others (M, D), root mean square over D.
+
+    rank=2 takes the second nearest, for images that are themselves among the others.
+    """
+    return (torch.cdist(small, others).kthvalue(rank, dim=1).values.median() / small.shape[1] ** 0.5).item()
+
+
+def reconstruction_error(vae, images):
+    """Returns the mean absolute difference between images and what the VAE makes of their mean latent vectors, in [0, 1]."""
+    errors = [(vae.decode(vae.encode(image)[0]) - image).abs().mean() for image in images.split(1)]
+    return torch.stack(errors).mean().item()

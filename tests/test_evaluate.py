@@ -1,0 +1,114 @@
+import json
+import pathlib
+import random
+
+import pytest
+import torch
+from conftest import save_picture
+from test_checkpointing import MODEL, STATE, Payload
+
+import evaluate
+from checkpointing import load_generator, save_checkpoint
+from demo_images import SHAPES, draw_shape
+from evaluate import Options, alarms
+from image_data import decode_image
+from model_definitions import VAE
+
+
+@pytest.fixture
+def data():
+    folder = pathlib.Path("data")
+    folder.mkdir()
+    for index in range(24):
+        draw_shape(SHAPES[index % 6], random.Random(index)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    return save_checkpoint(tmp_path / "saved", 1, STATE | {"averaged": VAE(**MODEL).state_dict()}, keep=1)
+
+
+class Playback(torch.nn.Module):
+    """Stands for a VAE that generates the given images, in turn."""
+
+    image_shape, latent_dim = (3, 32, 32), 8
+
+    def __init__(self, images):
+        super().__init__()
+        self.images, self.position = images, 0
+        self.mu = torch.nn.Linear(1, 1)
+
+    def decode(self, z):
+        self.position += len(z)
+        return self.images[self.position - len(z):self.position]
+
+    def encode(self, images):
+        return torch.zeros(len(images), 8), None
+
+
+def figures(images, data, **settings):
+    return evaluate.evaluate(Playback(images), Options(data=str(data), num_images=24, **settings))
+
+
+def test_one_image_repeated_is_a_collapse_and_the_training_set_itself_is_copying(data):
+    training = evaluate._floats(evaluate._load(data, Playback(None), Options(data=str(data))))
+    new = torch.stack([evaluate.take(decode_image(path, 32)[None], torch.tensor([0]), evaluate.CPU)[0]
+                       for path in draw_new()])
+    again = torch.zeros(24, 3, 32, 32)  # reconstructions come after the generated images
+    honest, copied, collapsed = (figures(torch.cat([images, again]), data)
+                                 for images in (new, training, new[:1].expand(24, -1, -1, -1)))
+    assert alarms(honest) == []
+    assert [line.split(":")[0] for line in alarms(copied)] == ["copying"]
+    assert [line.split(":")[0] for line in alarms(collapsed)] == ["collapse"]
+    assert copied["nearest_training_image"] < 0.1 * honest["nearest_training_image"]
+    assert copied["sliced_wasserstein_16px"] < honest["sliced_wasserstein_16px"]
+
+
+def draw_new():
+    for index in range(24):
+        path = pathlib.Path(f"new-{index}.png")
+        draw_shape(SHAPES[index % 6], random.Random(f"new {index}")).save(path)
+        yield path
+
+
+def test_the_table_and_the_json_hold_the_same_figures(checkpoint, data, capfd):
+    assert evaluate.main([str(checkpoint), "--data", str(data), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["num_images"] == 24
+    assert set(found) == {"num_images", "image_size", "diversity", "diversity_real", "nearest_training_image",
+                          "nearest_training_image_real", "reconstruction_error",
+                          *(f"sliced_wasserstein_{side}px{end}" for side in (32, 16) for end in ("", "_real"))}
+    assert evaluate.main([str(checkpoint), "--data", str(data)]) == 0
+    table = capfd.readouterr().out
+    assert f"{found['sliced_wasserstein_32px']:.3g}" in table
+    assert found == evaluate.evaluate(load_generator(checkpoint), Options(data=str(data)))
+
+
+def test_held_out_images_take_the_place_of_training_images(checkpoint, data):
+    for index in range(6):
+        save_picture(f"held/{index}.png", color=(10 * index, 250, 0))
+    vae = load_generator(checkpoint)
+    one, other = (evaluate.evaluate(vae, Options(data=str(data), held_out=held)) for held in (None, "held"))
+    differing = {name for name in one if one[name] != other[name]}
+    assert differing == {"nearest_training_image_real", "reconstruction_error"}
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["nowhere", "--data", "data"], "nowhere: no such file"),
+    (["code.pt", "--data", "data"], "code.pt: not a checkpoint, or a damaged one"),
+    (["saved/step_0000001.pt", "--data", "none"], "none is missing, a folder of images is needed"),
+    (["saved/step_0000001.pt", "--data", "data", "--held-out", "none"], "none is missing"),
+    (["saved/step_0000001.pt"], "--data: name the folder of images"),
+    (["saved/step_0000001.pt", "--data", "data", "--num-images", "3"], "--num-images: must be at least 4, got 3"),
+])
+def test_what_cannot_be_evaluated_is_said_in_one_line(checkpoint, data, capfd, arguments, said):
+    torch.save({"format": 2, "x": Payload()}, "code.pt")
+    try:
+        status = evaluate.main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert said in line

@@ -1,0 +1,70 @@
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
+
+from demo_images import SHAPES, draw_shape
+from model_definitions import VAE
+from quality import diversity, nearest_distance, reconstruction_error, sliced_wasserstein, thumbnails
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Two halves of one set, (60, C, 64, 64) each."""
+    images = [pil_to_tensor(draw_shape(SHAPES[i % 6], random.Random(i))) for i in range(120)]
+    return (torch.stack(images) / 255).split(60)
+
+
+def swd(real, fake):
+    return sliced_wasserstein(real, fake, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_distance_of_a_set_to_itself_is_small_and_every_fault_raises_it_where_it_belongs(drawn):
+    real, other = drawn
+    halves = swd(real, other)
+    assert list(halves) == [64, 32, 16]
+    blurred = swd(real, gaussian_blur(other, [5, 5], [1.0, 1.0]))
+    noisy = swd(real, other + 0.1 * torch.randn(other.shape, generator=torch.Generator().manual_seed(1)))
+    dark = swd(real, 0.6 * other)
+    assert blurred[64] > 3 * halves[64]
+    assert blurred[64] / halves[64] > 2 * blurred[16] / halves[16]  # texture is lost, layout is not
+    assert noisy[64] > 5 * halves[64]
+    assert noisy[64] / halves[64] > 2 * noisy[16] / halves[16]
+    assert dark[16] > 3 * halves[16]
+    assert swd(real, other[:1].expand_as(other))[16] > 2 * halves[16]
+
+
+def test_the_pyramid_keeps_the_mean_colour_at_its_coarsest_level_only():
+    real = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    same, shifted = swd(real, real), swd(real, real + 0.5)
+    assert shifted[32] == pytest.approx(same[32], rel=1e-3)
+    assert shifted[16] > 5 * same[16]
+
+
+def test_one_image_repeated_has_no_diversity(drawn):
+    small = thumbnails(drawn[0])
+    assert diversity(small[:1].expand(10, -1)) == 0
+    assert diversity(small) > 0.1
+    assert diversity(torch.tensor([[0.0, 0.0], [3.0, 4.0]])) == pytest.approx(5 / 2**0.5)
+
+
+def test_copies_are_at_no_distance_from_the_training_images_and_new_ones_are(drawn):
+    known, new = map(thumbnails, drawn)
+    assert nearest_distance(known[:20], known) < 1e-3
+    assert nearest_distance(new, known) > 0.02
+    assert nearest_distance(known, known, rank=2) == pytest.approx(nearest_distance(new, known), rel=0.3)
+
+
+def test_a_thumbnail_is_the_mean_of_what_it_covers():
+    images = torch.rand(2, 3, 4, 4).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    expected = F.interpolate(images, (16, 16), mode="area")
+    assert (thumbnails(images).view(2, 3, 16, 16) - expected).abs().mean() < 0.05
+
+
+def test_the_reconstruction_error_is_that_of_mean_latent_vectors():
+    vae = VAE(image_size=32, latent_dim=4, base_channels=2).requires_grad_(False)
+    images = torch.rand(3, 3, 32, 32)
+    expected = (vae.decode(vae.encode(images)[0]) - images).abs().mean()
+    assert reconstruction_error(vae, images) == pytest.approx(expected.item(), rel=1e-4)
