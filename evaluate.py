@@ -2,7 +2,11 @@
 import argparse
 import dataclasses
 import json
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback
 
 import torch
 from tqdm import tqdm
@@ -130,8 +134,6 @@ def main(arguments=None):
         except (CheckpointError, DataError, program.DeviceError, OSError) as error:
             program.complain(str(error))
             return 2
-        except KeyboardInterrupt:
-            return 130
         program.say(json.dumps(found) if options.json else table(found))
         return 0
 

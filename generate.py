@@ -8,7 +8,11 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback while nothing is written
 
 import torch
 from PIL import Image
@@ -236,8 +240,6 @@ def main(arguments=None):
         except (CheckpointError, DataError, GenerateError, program.DeviceError, OSError) as error:
             program.complain(str(error))
             return 2
-        except KeyboardInterrupt:
-            return 130
         program.say(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
         return 0
 

@@ -47,17 +47,19 @@ def _printable(text):
 def output():
     """Within this context the output of a program can be followed, can hold any name, and can lose its reader.
 
-    SIGTERM ends what is within like an error, so that no file is left half written.
+    Signals end what is within like an error, so that no file is left half written.
     """
     for name in ("stdout", "stderr"):  # where a shell has closed one, the next file opened would take its place
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     try:
         print(end="", flush=True)
     except OSError:  # nobody reads it any more; Python would complain once more at its end

@@ -16,6 +16,9 @@ import signal
 import sys
 import time
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is anything to save, Ctrl-C just ends it
+
 import torch
 from tqdm import tqdm
 
@@ -94,7 +97,7 @@ class Trainer:
             distance = -critic_loss(*self.critic(torch.cat([real, fake])).chunk(2))
             penalty = gradient_penalty(self.critic, real, fake, mixing=mixing)
             loss = self.config.gradient_penalty_weight * penalty - distance
-        return loss, {"critic_loss": loss, "wasserstein_distance": distance, "gradient_penalty": penalty}
+        return loss, {"wasserstein_distance": distance, "gradient_penalty": penalty, "critic_loss": loss}
 
     def generator_update(self, real, z, noise, transform, ema_weight):
         """Moves the VAE, its CNN and its layer once, then their average; returns their metrics, detached.
@@ -473,16 +476,15 @@ class _Run:
 
     def _mean_metrics(self):
         """The means over the steps since the last log, read from the device; raises if one of them was not finite."""
-        means = {}
-        for name in self.pending[-1] if self.pending else ():
-            values = self._pending_values(name)
-            for index in (~values.isfinite()).nonzero().flatten().tolist()[:1]:
-                raise TrainingError(
-                    f"step {self.step - len(values) + index + 1}: {name} is {values[index]}. That update was not made, and "
-                    f"the newest checkpoint in {self.out / 'checkpoints'} is from before it. Lower --critic-learning-rate "
-                    "and --generator-learning-rate")
-            means[name] = values.mean().item()
-        return means
+        if not self.pending:
+            return {}
+        values = torch.stack([self._pending_values(name) for name in self.pending[0]], dim=1)  # a row for each step
+        for row, column in (~values.isfinite()).nonzero().tolist()[:1]:  # the first of the earliest step
+            raise TrainingError(
+                f"step {self.step - len(values) + row + 1}: {list(self.pending[0])[column]} is {values[row, column]}. That "
+                f"update was not made, and the newest checkpoint in {self.out / 'checkpoints'} is from before it. Lower "
+                "--critic-learning-rate and --generator-learning-rate")
+        return dict(zip(self.pending[0], values.mean(dim=0).tolist(), strict=True))
 
     def _pending_values(self, name):
         return torch.stack([metrics[name].float().cpu() for metrics in self.pending])
@@ -617,6 +619,9 @@ def _settle(config, state, device):
         saved, model = state["config"], state["model_arguments"]
         faults = [f"{configuration.option_name(name)}: this run has {model.get(name)}, got {value}; --out names another "
                   "folder" for name, value in config.model_arguments().items() if model.get(name) != value]
+        if saved.get("data") != config.data and not config.resume:
+            faults.append(f"--data: this run has {saved.get('data')}, got {config.data}; --out names another folder, where "
+                          "--resume goes on from a checkpoint of this one")
         if faults:
             raise CheckpointError("\n".join(faults))
         if config.precision == "auto":

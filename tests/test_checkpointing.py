@@ -60,13 +60,15 @@ def test_checkpoints_that_cannot_be_read_do_not_push_out_the_one_just_saved(tmp_
 
 
 @pytest.mark.parametrize("content", ["code", "code in an old format", "noise", "nothing", "tar", "list", "other format",
-                                     "cut", "incomplete"])
+                                     "cut", "incomplete", "state in an old format"])
 def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(tmp_path, content):
     path = tmp_path / "step_0000001.pt"
     if content == "code":
         torch.save({"format": 2, "x": Payload()}, path)
     elif content == "code in an old format":
         path.write_bytes(pickle.dumps(Payload()))
+    elif content == "state in an old format":
+        torch.save({"format": 2, "step": 1, **STATE}, path, _use_new_zipfile_serialization=False)
     elif content == "noise":
         path.write_bytes(bytes(range(256)) * 40)
     elif content == "nothing":

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import forking, save_picture
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import image_data
 from image_data import DataError, batch_indices, decode_image, find_images, load_images, take
@@ -30,7 +31,9 @@ def test_flat_nested_and_class_folders_are_all_found_and_junk_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_text("x"), lambda p: p.mkdir(),
-                                  lambda p: (p / ".hidden").mkdir(parents=True)])
+                                  *(lambda p, name=name: save_picture(p / name / "a.png")
+                                    for name in (".hidden", "__MACOSX", "@eaDir")),
+                                  lambda p: save_picture(p / "a.png").rename(p / "._a.png")])
 def test_a_folder_without_images_is_refused_with_the_tree_that_would_do(tmp_path, make):
     make(tmp_path / "set")
     with pytest.raises(DataError, match=r"Put images below it.*set/a\.jpg"):
@@ -49,6 +52,9 @@ def test_transparency_is_laid_on_white(tmp_path):
     Image.new("LA", (9, 9), (0, 128)).save(tmp_path / "half.png")
     assert (decode_image(tmp_path / "clear.png", 32) == 255).all()
     assert (decode_image(tmp_path / "half.png", 32) == 127).all()
+    for mode, color in (("P", 0), ("L", 0), ("RGB", (0, 0, 0))):
+        Image.new(mode, (9, 9), color).save(tmp_path / f"{mode}.png", transparency=color)
+        assert (decode_image(tmp_path / f"{mode}.png", 32) == 255).all()
 
 
 @pytest.mark.parametrize(("mode", "top", "suffix"), [("I;16", 65535, "png"), ("F", 1.0, "tiff"), ("F", 65535.0, "tiff"),
@@ -69,15 +75,20 @@ def test_float_pictures_that_overshoot_white_are_not_darkened(tmp_path, value, p
     assert decode_image(tmp_path / "x.tiff", 32)[0, 16, 16].item() == pytest.approx(expected, abs=1)
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    image = Image.new("RGB", (64, 64), "black")
-    image.paste("white", (0, 0, 64, 16))
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
+    upright = Image.new("RGB", (64, 64), "black")
+    upright.paste("white", (0, 0, 64, 16))
+    upright.paste("grey", (0, 16, 16, 64))
+    stored = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+              5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+              8: Image.Transpose.ROTATE_270}.get(orientation)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top of what is stored belongs on the right
-    image.save(tmp_path / "turned.png", exif=exif)
-    decoded = decode_image(tmp_path / "turned.png", 64)[0]
-    assert decoded[32, -4] == 255
-    assert decoded[32, 4] == 0
+    exif[0x0112] = orientation
+    (upright.transpose(stored) if stored is not None else upright).save(tmp_path / f"x.{suffix}", exif=exif, quality=100)
+    decoded = decode_image(tmp_path / f"x.{suffix}", 64)
+    assert (decoded.float() - pil_to_tensor(upright)).abs().mean() < 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "LAB"])

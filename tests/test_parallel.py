@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_said_once(ima
     leader, other = run_processes(2, "--data", image_folder, *tiny_arguments(steps=9, checkpoint_every=2),
                                   first=poison_the_third_update_of_rank_1, status=2)
     (line,) = leader[1].splitlines()
-    assert line.startswith("step 3: critic_loss is nan")
+    assert line.startswith("step 3: wasserstein_distance is nan")
     assert other == ("", "")
     state = newest(pathlib.Path("runs/images"))
     assert state["step"] == 2
@@ -200,9 +200,10 @@ def test_a_run_that_torchrun_starts_again_ends_as_one_that_never_broke(image_fol
     pathlib.Path("breaking.py").write_text(BREAKING.format(root=str(ROOT)))
     settings = tiny_arguments(steps=8, log_every=1, checkpoint_every=3)
     process = torchrun("--max-restarts", "1", "breaking.py", "--data", image_folder, *settings, "--fresh")
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert os.listdir("runs") == ["images"]
+    assert "runs/images, steps 3 to 8" in out
     run_processes(2, "--data", image_folder, *settings, "--out", "straight")
     assert_same(newest(pathlib.Path("straight")), newest(pathlib.Path("runs/images")))
     assert metrics(pathlib.Path("straight")) == metrics(pathlib.Path("runs/images"))

@@ -24,6 +24,13 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def test_every_command_is_of_a_kind_that_is_run_here():
+    for block in blocks("bash"):
+        for line in block.splitlines():
+            assert re.match(r"\.venv/bin/python (training|generate|evaluate|benchmarks/throughput)\.py |"
+                            r"\.venv/bin/torchrun |python3 -m venv \.venv && \.venv/bin/pip install -r ", line), line
+
+
 def test_training_commands_work(image_folder, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):  # hidden by conftest
         monkeypatch.delitem(sys.modules, name)

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,35 @@ def test_a_value_that_is_not_finite_moves_no_weight_and_is_reported(images, bad)
     assert_same(before, after)
     assert not found["critic_loss"].isfinite()
     assert not found["reconstruction"].isfinite()
+
+
+@pytest.mark.parametrize("network", ["critic", "generator"])
+def test_a_gradient_alone_that_is_not_finite_moves_no_weight_and_is_reported(images, network):
+    trainer, arguments = tiny_trainer(), {"critic": critic_arguments(images), "generator": generator_arguments(images)}
+    next(getattr(trainer, network).parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    before = copy.deepcopy(trainer.state())
+    found = getattr(trainer, f"{network}_update")(*arguments[network])
+    for name in (network, f"{network}_optimizer"):
+        assert_same(before[name], trainer.state()[name])
+    assert found[f"{network}_loss"].isfinite()
+    assert not found[f"{network}_gradient_norm"].isfinite()
+
+
+@pytest.mark.parametrize("network", ["critic", "generator"])
+def test_a_loss_alone_that_is_not_finite_moves_no_weight(images, network, monkeypatch):
+    trainer, arguments = tiny_trainer(), {"critic": critic_arguments(images), "generator": generator_arguments(images)}
+    losses = getattr(trainer, f"{network}_losses")
+
+    def infinite(*arguments):
+        loss, metrics = losses(*arguments)
+        return loss + float("inf"), metrics
+
+    monkeypatch.setattr(trainer, f"{network}_losses", infinite)
+    before = copy.deepcopy(trainer.state())
+    found = getattr(trainer, f"{network}_update")(*arguments[network])
+    assert found[f"{network}_gradient_norm"].isfinite()
+    for name in (network, f"{network}_optimizer"):
+        assert_same(before[name], trainer.state()[name])
 
 
 def test_bfloat16_updates_are_near_those_in_float32(images):
@@ -318,9 +348,10 @@ def test_epochs_count_passes_over_the_images(train_tiny):
 
 def test_a_changed_setting_is_reported_with_both_values(train_tiny, capfd):
     train_tiny(steps=1, out="run")
-    train_tiny(steps=2, out="run", batch_size=2, seed=3, critic_learning_rate=1e-3)
+    train_tiny(steps=2, out="run", batch_size=2, seed=3, critic_learning_rate=1e-3, generator_learning_rate=2e-3)
     said = capfd.readouterr().out
-    for name, old, new in (("batch-size", 4, 2), ("seed", 0, 3), ("critic-learning-rate", 0.0004, 0.001)):
+    for name, old, new in (("batch-size", 4, 2), ("seed", 0, 3), ("critic-learning-rate", 0.0004, 0.001),
+                           ("generator-learning-rate", 0.0004, 0.002)):
         assert f"warning: --{name} was {old}, is {new} from here on" in said
 
 
@@ -336,10 +367,26 @@ def test_a_changed_number_of_images_is_reported_with_both_counts(train_tiny, ima
     assert "warning: the folder had 10 images, has 11 from here on" in capfd.readouterr().out
 
 
-def test_another_model_is_refused_in_the_same_folder_and_numbered_where_none_is_named(train_tiny):
+@pytest.mark.parametrize(("name", "value"), [("latent_dim", 9), ("image_size", 64), ("base_channels", 5), ("num_frames", 3),
+                                             ("output_layer", "none"), ("alpha_grid", 4)])
+def test_another_model_is_refused_in_the_same_folder(train_tiny, name, value):
     train_tiny(steps=1, out="run")
-    with pytest.raises(CheckpointError, match="--latent-dim: this run has 8, got 9; --out names another"):
-        train_tiny(steps=1, out="run", latent_dim=9)
+    with pytest.raises(CheckpointError, match=f"--{name.replace('_', '-')}: this run has .*, got {value}; --out names"):
+        train_tiny(steps=1, out="run", **{name: value})
+
+
+def test_another_folder_of_images_is_refused_in_the_same_run_and_numbered_where_no_run_is_named(train_tiny, image_folder):
+    shutil.copytree(image_folder, "elsewhere/images")
+    train_tiny(steps=2, out="run", keep_checkpoints=1)
+    with pytest.raises(CheckpointError, match=f"--data: this run has {image_folder}, got .*elsewhere/images; --out names"):
+        train_tiny(steps=4, out="run", data="elsewhere/images", keep_checkpoints=1)
+    assert os.listdir("run/checkpoints") == ["step_0000002.pt"]
+    assert newest(train_tiny(steps=4, out="moved", data="elsewhere/images", resume="run/checkpoints/step_0000002.pt"))
+    assert train_tiny(steps=1) == pathlib.Path("runs/images")
+    assert train_tiny(steps=1, data="elsewhere/images") == pathlib.Path("runs/images-2")
+
+
+def test_another_model_is_numbered_where_no_run_is_named(train_tiny):
     assert train_tiny(steps=1) == pathlib.Path("runs/images")
     assert train_tiny(steps=1, latent_dim=9) == pathlib.Path("runs/images-2")
     assert train_tiny(steps=2) == pathlib.Path("runs/images")
@@ -434,9 +481,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train_tiny, 
         return real(self, images * float("nan"), *rest)
 
     monkeypatch.setattr(training.Trainer, "critic_update", poisoned)
-    with pytest.raises(training.TrainingError, match="step 3: critic_loss is nan.*checkpoints"):
+    with pytest.raises(training.TrainingError, match="step 3: wasserstein_distance is nan.*checkpoints"):
         train_tiny(steps=6, log_every=50, checkpoint_every=3)
     assert os.listdir(run / "checkpoints") == ["step_0000002.pt"]
+
+
+def test_a_run_stops_at_the_log_after_what_is_not_finite_and_names_the_earliest_term(train_tiny, monkeypatch):
+    real, done = {name: getattr(training.Trainer, name) for name in ("critic_update", "generator_update")}, []
+
+    def generator(self, *arguments):
+        done.append(1)
+        found = real["generator_update"](self, *arguments)
+        return found | {"kl_divergence": found["kl_divergence"] * (math.inf if len(done) == 3 else 1)}
+
+    def critic(self, images, *rest):
+        return real["critic_update"](self, images * (math.nan if len(done) >= 3 else 1), *rest)
+
+    monkeypatch.setattr(training.Trainer, "generator_update", generator)
+    monkeypatch.setattr(training.Trainer, "critic_update", critic)
+    with pytest.raises(training.TrainingError, match="step 3: kl_divergence is inf"):
+        train_tiny(steps=50, log_every=2, checkpoint_every=50)
+    assert len(done) == 4
+    assert [line["step"] for line in metrics(pathlib.Path("runs/images"))] == [2]
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(train_tiny, monkeypatch):
@@ -488,7 +554,7 @@ def test_dry_run_describes_trains_one_step_and_leaves_no_run(image_folder, capfd
     assert training.main(["--data", str(image_folder), *tiny_arguments(), "--dry-run"]) == 0
     said = capfd.readouterr().out
     for expected in ("10 images in 3 classes", "generator 0.1 M parameters", "--batch-size               4",
-                     "one step: critic_loss", "bytes of weights"):
+                     "one step: wasserstein_distance", "bytes of weights"):
         assert expected in said
     assert not pathlib.Path("runs").exists()
 
