@@ -84,11 +84,10 @@ def _save_mp4(frames, path, frames_per_second):
     """H.264 in the colours that every player knows, which come in blocks of 2 x 2 pixels."""
     import av  # an optional package
 
-    height, width = frames.shape[-2:]
-    frames = F.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
+    height, width = (side - side % 2 for side in frames.shape[-2:])
     with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=frames_per_second)
-        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "16"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(to_pil(frame))))

@@ -30,12 +30,13 @@ def test_a_picture_comes_back_rounded_and_not_wrapped_around(tmp_path):
 
 @pytest.mark.parametrize("ending", CLIP_FORMATS)
 def test_a_clip_has_its_frames_in_order_at_its_speed(tmp_path, ending):
-    frames = torch.linspace(0.1, 0.9, 5).view(5, 1, 1, 1).expand(5, 3, 33, 36)
+    frames = torch.linspace(0.1, 0.9, 5).view(5, 1, 1, 1).expand(5, 3, 33, 36)  # a height that MP4 has to change
     path = tmp_path / f"clip.{ending}"
     save_clip(frames, path, frames_per_second=10)
     again = frames_in(path)
     assert len(again) == 5
-    assert (again[..., :33, :36] - frames).abs().max() < 0.03
+    assert again.shape == (5, 3, 32 if ending == "mp4" else 33, 36)
+    assert (again - frames[..., :again.shape[-2], :]).abs().max() < 0.03
     if ending == "mp4":
         import av
 

@@ -1,0 +1,32 @@
+import os
+import signal
+
+import pytest
+import torch
+
+import program
+from safe_files import whole_file
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_no_file_half_written(number, tmp_path):
+    before = signal.getsignal(number)
+
+    def write():
+        with program.output(), whole_file(tmp_path / "picture.png") as file:
+            file.write(b"half")
+            signal.raise_signal(number)
+
+    with pytest.raises(SystemExit) as stopped:
+        write()
+    assert stopped.value.code == 128 + number
+    assert os.listdir(tmp_path) == []
+    assert signal.getsignal(number) is before
+
+
+def test_the_device_is_there_or_refused():
+    assert program.pick_device("cpu") == torch.device("cpu")
+    assert program.pick_device("auto").type in ("cpu", "cuda", "mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(program.DeviceError, match="--device: cuda is not available here; there is cpu"):
+            program.pick_device("cuda")
