@@ -104,7 +104,8 @@ def decode_each(vae, z):
 
 def frames_of(vae, z):
     """Returns the images (T, C, H, W) of latent vectors (T, Z), on the CPU."""
-    return torch.cat([decoded.images.cpu() for decoded in decode_each(vae, z)])
+    decoded = tqdm(decode_each(vae, z), total=len(z), unit="frame", leave=False, disable=None if len(z) > 1 else True)
+    return torch.cat([part.images.cpu() for part in decoded])
 
 
 def read_photo(path, size):

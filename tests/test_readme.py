@@ -12,6 +12,7 @@ import torch
 from conftest import TINY, save_picture
 from torch import nn
 
+import evaluate
 import generate
 import training
 
@@ -57,6 +58,14 @@ def test_generating_commands_work(train_tiny):
     assert len(os.listdir("generated")) == 2 + 2 + 2 + 2 + 4
 
 
+def test_the_evaluating_command_works(train_tiny, capfd):
+    train_tiny(steps=2)
+    ((_, _, *arguments),) = (shlex.split(line) for block in blocks("bash") for line in block.splitlines()
+                             if line.startswith(".venv/bin/python evaluate.py"))
+    assert evaluate.main(arguments) == 0
+    assert "sliced_wasserstein_32px" in capfd.readouterr().out
+
+
 def test_the_command_for_several_processes_works(image_folder):
     (command,) = (shlex.split(line) for block in blocks("bash") for line in block.splitlines() if "torchrun" in line)
     assert command[0] == ".venv/bin/torchrun"
@@ -98,7 +107,7 @@ def test_files_and_options_that_it_names_exist():
     for name in re.findall(r"`?((?:tests/|benchmarks/)?\w+\.py)`|(docs/\w+\.\w+)", README):
         assert (ROOT / "".join(name)).exists(), name
     options = set(re.findall(r"(--[a-z][a-z-]+)", README)) - {"--nproc-per-node", "--max-restarts"}  # torchrun's
-    helps = training.configuration.parser().format_help() + generate.parser().format_help()
+    helps = "".join(program.parser().format_help() for program in (training.configuration, generate, evaluate))
     known = set(re.findall(r"(--[a-z][a-z-]+)", helps))
     assert options <= known
 
