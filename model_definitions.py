@@ -352,13 +352,20 @@ def _downsampling_blocks(widths):
 
 
 def _initialise(layers):
-    """He et al. 2015 (arXiv:1502.01852), with the true fan-in of a transposed convolution and no boost where max
-    pooling already raises the activations. Keeps both signal and gradient at one scale through a net without norms."""
+    """He et al. 2015 (arXiv:1502.01852), with no boost where max pooling already raises the activations. Keeps both signal
+    and gradient at one scale through a net without norms.
+
+    A transposed convolution starts as linear interpolation followed by a random mixture of channels: 16 independent taps
+    would start with a chequerboard, which takes long to unlearn.
+    """
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=math.sqrt(1 / (layer.in_channels * 9)))
         elif isinstance(layer, nn.ConvTranspose2d):
-            nn.init.normal_(layer.weight, std=math.sqrt(2 / (layer.in_channels * 4)))  # 4 of 16 taps meet at a pixel
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_channels))
+            line = torch.tensor([0.25, 0.75, 0.75, 0.25])
+            with torch.no_grad():
+                layer.weight.copy_(layer.weight[:, :, :1, :1] * line[:, None] * line)
         elif isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=math.sqrt(2 / layer.in_features))
         else:

@@ -233,6 +233,19 @@ def test_wrong_shapes_are_refused_with_the_shape_and_what_was_expected():
         CNN(image_size=32)(torch.rand(1, 8, 3, 32, 32))
 
 
+@pytest.mark.parametrize("image_size", [32, 256])
+def test_the_first_images_are_smooth_and_signals_keep_their_scale(image_size):
+    torch.manual_seed(0)
+    vae = VAE(image_size=image_size, base_channels=8, output_layer="none").requires_grad_(False)
+    signal = torch.randn(16, 128)
+    for layer in vae.decoder[:-1]:
+        signal = layer(signal)
+        if isinstance(layer, nn.ConvTranspose2d):
+            assert 0.4 < signal.square().mean().sqrt() < 2.5
+    images = vae.decoder[-1](signal)
+    assert images.diff(dim=3).std() < 0.4 * images.std()
+
+
 def test_reprs_show_settings_and_shapes():
     vae = repr(VAE(image_size=64, latent_dim=9, base_channels=2, alpha_grid=8))
     for expected in ("images (N, 3, 64, 64), z (N, 9)", "(N, 3, 64, 64) -> (N, 3, 64, 64), num_frames=16, rescale=False",
