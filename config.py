@@ -87,8 +87,8 @@ class Config(Settings):
 
     batch_size: int = option(16, "training", "images per update", metavar="N", least=1)
     critic_steps: int = option(1, "training", "critic updates per generator update", metavar="N", least=1)
-    critic_learning_rate: float = option(4e-4, "training", "Adam's step size for the critic", metavar="RATE", above=0)
-    generator_learning_rate: float = option(4e-4, "training", "Adam's step size for the VAE, the CNN and the layer",
+    critic_learning_rate: float = option(1.6e-3, "training", "Adam's step size for the critic", metavar="RATE", above=0)
+    generator_learning_rate: float = option(1.6e-3, "training", "Adam's step size for the VAE, the CNN and the layer",
                                             metavar="RATE", above=0)
     gradient_penalty_weight: float = option(10.0, "training", "of the gradient penalty in the critic's loss",
                                             metavar="WEIGHT", least=0)

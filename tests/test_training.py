@@ -350,8 +350,9 @@ def test_a_changed_setting_is_reported_with_both_values(train_tiny, capfd):
     train_tiny(steps=1, out="run")
     train_tiny(steps=2, out="run", batch_size=2, seed=3, critic_learning_rate=1e-3, generator_learning_rate=2e-3)
     said = capfd.readouterr().out
-    for name, old, new in (("batch-size", 4, 2), ("seed", 0, 3), ("critic-learning-rate", 0.0004, 0.001),
-                           ("generator-learning-rate", 0.0004, 0.002)):
+    for name, old, new in (("batch-size", 4, 2), ("seed", 0, 3),
+                           ("critic-learning-rate", Config.critic_learning_rate, 0.001),
+                           ("generator-learning-rate", Config.generator_learning_rate, 0.002)):
         assert f"warning: --{name} was {old}, is {new} from here on" in said
 
 
