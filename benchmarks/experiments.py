@@ -33,8 +33,8 @@ def main():
     parser.add_argument("--table", type=pathlib.Path, default=ROOT / "docs" / "experiments.md")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/experiments"))
     options = parser.parse_args()
-    if not options.table.exists():
-        options.table.write_text(row(COLUMNS) + "\n" + row("---" for _ in COLUMNS) + "\n")
+    if not options.table.exists() or row(COLUMNS) not in options.table.read_text():
+        append(options.table, "", row(COLUMNS), row("---" for _ in COLUMNS))
     for seed in options.seeds:
         for variant in options.variants:
             key = (pathlib.Path(options.data).name, options.image_size, variant, seed, options.steps)
@@ -55,8 +55,12 @@ def add_row(options, variant, seed, key):
     figures = (statistics.median(line["images_per_second"] for line in log), log[-1].get("alpha", ""), distances[0],
                distances[len(distances) // 2], distances[-1], found["diversity"], found["nearest_training_image"],
                found["reconstruction_error"])
-    with options.table.open("a") as table:
-        table.write(row(key) + row(f"{value:.3g}" if value else "" for value in figures)[1:] + "\n")
+    append(options.table, row(key) + row(f"{value:.3g}" if value else "" for value in figures)[1:])
+
+
+def append(table, *lines):
+    with table.open("a") as file:
+        file.writelines(line + "\n" for line in lines)
 
 
 def row(cells):

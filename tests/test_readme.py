@@ -86,6 +86,20 @@ def test_the_benchmark_prints_its_tables(image_folder):
         assert expected in done.stdout
 
 
+@pytest.mark.nightly
+def test_experiments_append_a_row_for_each_run_once(image_folder):
+    command = [sys.executable, ROOT / "benchmarks" / "experiments.py", "--data", image_folder, "--image-size", "32",
+               "--steps", "2", "--table", "table.md", "--seeds"]
+    small = "--base-channels 2 --log-every 1"
+    pathlib.Path("table.md").write_text("# Mine\n")
+    for seeds in (["0"], ["0", "1"]):
+        subprocess.run([*command, *seeds, "--", small, f"{small} --output-layer none"], check=True, capture_output=True)
+    lines = pathlib.Path("table.md").read_text().splitlines()
+    assert len(lines) == 2 + 2 + 4
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert len(set(lines)) == len(lines)
+
+
 def test_notebook_lines_work():
     os.symlink(ROOT / "pretrained", "pretrained")
     first, second, third = blocks("python")
