@@ -17,7 +17,7 @@ LARGEST_OUTLINE = 2**18  # bytes of names and shapes; ours take a tenth of it, a
 SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "config": dict,
           "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict, "critic": dict,
           "generator_optimizer": dict, "critic_optimizer": dict}
-TRAINING_ONLY = ("generator", "critic", "generator_optimizer", "critic_optimizer")
+TRAINING_ONLY = ("generator", "critic", "generator_optimizer", "critic_optimizer", "pending_metrics")
 
 
 class CheckpointError(ValueError):
@@ -202,7 +202,7 @@ def load_generator(path, *, report=print):
 
 
 def export_generator(source, path, *, report=print):
-    """Writes a checkpoint that holds the averaged VAE alone, for load_generator, and no names of folders; returns its path.
+    """Writes the averaged VAE of a checkpoint, or of the newest one of a run folder, as save_generator; returns its path.
 
     Args:
         source, report: as path and report of load_generator.
@@ -215,11 +215,20 @@ def export_generator(source, path, *, report=print):
     state, path = _load_with_generator(source, report), pathlib.Path(path)
     if path.exists():
         raise FileExistsError(f"{path} is there already")
-    state["config"] = {name: value for name, value in state["config"].items() if not isinstance(value, str)}
-    state |= {name: {} for name in ("pending_metrics", *TRAINING_ONLY)}
-    with whole_file(path, bytes_needed=_num_bytes(state)) as file:
-        torch.save(state, file)
+    save_generator(path, state)
     return path
+
+
+def save_generator(path, state):
+    """Writes a checkpoint that holds the averaged VAE alone, for load_generator, and no names of folders.
+
+    Args:
+        state: a dict with the keys of SCHEMA but the first.
+    """
+    plain = {name: value for name, value in state["config"].items() if not isinstance(value, str)}
+    state = state | {name: {} for name in TRAINING_ONLY} | {"config": plain}
+    with whole_file(path, bytes_needed=_num_bytes(state)) as file:
+        torch.save({"format": FORMAT, **state}, file)
 
 
 def _load_with_generator(path, report):

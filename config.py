@@ -103,6 +103,8 @@ class Config(Settings):
     sample_every: int = option(500, "output", "steps between sample grids", metavar="STEPS", least=1)
     checkpoint_every: int = option(500, "output", "steps between checkpoints", metavar="STEPS", least=1)
     keep_checkpoints: int = option(2, "output", "newest checkpoints kept", metavar="N", least=1)
+    evaluate_every: int | None = option(None, "output", "steps between measurements of quality; the best generator is kept "
+                                                        "as checkpoints/best.pt", metavar="STEPS", least=1)
     tensorboard: bool = option(False, "output", "write numbers and pictures for TensorBoard too, which has to be installed")
 
     def faults(self):

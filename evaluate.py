@@ -14,13 +14,12 @@ from tqdm import tqdm
 import program
 from checkpointing import CheckpointError, load_generator
 from config import DEVICES, Settings, add_options, option
-from image_data import DataError, load_images, take
+from image_data import DataError, load_images, pick
 from quality import diversity, nearest_distance, reconstruction_error, sliced_wasserstein, thumbnails
 from randomness import latent_noise, random_generator
 
 BATCH = 16
 ALARM = 0.5  # of what real images have: less diversity is a collapse, less distance to training images is copying
-CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ def evaluate(vae, options):
     """
     options.check()
     training = _load(options.data, vae, options)
-    real = _pick(training, options.num_images)
+    real = pick(training, options.num_images)
     device = vae.mu.weight.device
     z = latent_noise(options.seed, range(len(real)), vae.latent_dim).to(device)
     fake = torch.cat([vae.decode(part).cpu() for part in tqdm(z.split(BATCH), desc="generating", disable=None)])
@@ -65,8 +64,8 @@ def evaluate(vae, options):
     for name, one, other in (("", real, fake), ("_real", real[:2 * half:2], real[1::2])):
         distances = sliced_wasserstein(one, other, generator=random_generator(options.seed, "patches"))
         found |= {f"sliced_wasserstein_{side}px{name}": distance for side, distance in distances.items()}
-    known = torch.cat([thumbnails(_floats(part)) for part in training.split(1_000)])
-    unseen = _pick(_load(options.held_out, vae, options), options.num_images) if options.held_out else None
+    known = torch.cat([thumbnails(pick(part, len(part))) for part in training.split(1_000)])
+    unseen = pick(_load(options.held_out, vae, options), options.num_images) if options.held_out else None
     return found | {
         "diversity": diversity(thumbnails(fake)),
         "diversity_real": diversity(thumbnails(real)),
@@ -79,15 +78,6 @@ def evaluate(vae, options):
 
 def _load(folder, vae, options):
     return load_images(folder, vae.image_shape[-1], cache_dir=options.cache_dir, skip_bad=options.skip_bad).images
-
-
-def _pick(images, count):
-    """An even pick of uint8 images as floats."""
-    return _floats(images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()])
-
-
-def _floats(images):
-    return take(images, torch.arange(len(images)), CPU)
 
 
 def alarms(found):

@@ -277,6 +277,11 @@ def take(images, indices, device):
     return to_device(images.index_select(0, to_device(indices, images.device)), device).float().div_(255)
 
 
+def pick(images, count):
+    """Returns `count` of uint8 images, or all where there are fewer, picked evenly, as float32 in [0, 1] on the CPU."""
+    return take(images, torch.linspace(0, len(images) - 1, min(count, len(images))).long(), torch.device("cpu"))
+
+
 def to_device(tensor, device):
     """Returns the tensor on a device; to a GPU through pinned memory, so that nothing waits for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -1,14 +1,15 @@
 """The run folder: which one a run uses, and how things are written into it.
 
 config.json, reals.png, samples/, reconstructions/, alpha_maps/ (a PNG for each step drawn), metrics.jsonl (a line for each
-log), curves.png and checkpoints/. Nothing in it is deleted but superseded checkpoints, and log lines that a resumed run
-writes again.
+log and each measurement), curves.png and checkpoints/. Nothing in it is deleted but superseded checkpoints, and log lines
+that a resumed run writes again.
 """
 import contextlib
+import itertools
 import json
 import pathlib
 
-from checkpointing import CheckpointError, load_newest
+from checkpointing import CheckpointError, list_checkpoints, load_newest
 from safe_files import append_line, free_bytes, hold_folder, remove_leftovers, whole_file
 
 RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's config.json has all of them
@@ -83,7 +84,7 @@ def open_run_folder(folder, config, *, step, checkpoints, bytes_needed):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(hold_folder(folder, busy=lambda: _refuse(folder)))
-            if sorted(folder.glob("checkpoints/*.pt")) != sorted(checkpoints):
+            if list_checkpoints(folder / "checkpoints") != checkpoints:
                 _refuse(folder)
             for place in (folder, *folder.glob("*/")):
                 remove_leftovers(place)
@@ -115,21 +116,24 @@ def append_metrics(folder, metrics):
     append_line(folder / "metrics.jsonl", json.dumps(metrics))
 
 
+def read_metrics(folder):
+    """Returns the lines of metrics.jsonl, as dicts."""
+    log = folder / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
 def draw_curves(folder):
     """Draws the numbers of metrics.jsonl over the steps as curves.png, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    log = folder / "metrics.jsonl"
-    if not log.exists():
-        return
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    names = [name for name in lines[-1] if name not in ("step", "images", "elapsed_seconds")]
+    lines = read_metrics(folder)
+    names = [name for name in dict.fromkeys(itertools.chain(*lines)) if name not in ("step", "images", "elapsed_seconds")]
     figure = Figure(figsize=(12, 10), layout="constrained")
     for place, name in enumerate(names, start=1):
         panel = figure.add_subplot(-(-len(names) // CURVES_PER_ROW), CURVES_PER_ROW, place, title=name)
-        panel.plot([line["step"] for line in lines], [line.get(name) for line in lines])
+        panel.plot(*zip(*((line["step"], line[name]) for line in lines if name in line), strict=True), marker=".")
     with whole_file(folder / "curves.png") as file:
         figure.savefig(file)
 

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import signal
+import statistics
 import sys
 import time
 
@@ -27,7 +28,15 @@ import parallel
 import program
 from acceleration import CapturedUpdate, accelerate
 from augmentation import RANDOM_NUMBERS, augment
-from checkpointing import CheckpointError, check_tensors, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from checkpointing import (
+    CheckpointError,
+    check_tensors,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+    save_generator,
+)
 from data_report import report
 from demo_images import draw_demo_images
 from image_data import (
@@ -36,6 +45,7 @@ from image_data import (
     check_readable,
     decode_folder,
     load_images,
+    pick,
     take,
     to_device,
     to_device_where_it_fits,
@@ -43,8 +53,9 @@ from image_data import (
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
 from pictures import alpha_picture, grid, save_picture
+from quality import sliced_wasserstein
 from randomness import latent_noise, random_generator
-from run_folder import RunFolderError, append_metrics, choose_run_folder, draw_curves, open_run_folder
+from run_folder import RunFolderError, append_metrics, choose_run_folder, draw_curves, open_run_folder, read_metrics
 
 DEMO_FOLDER = pathlib.Path("demo_images")
 ADAM_BETAS = (0.0, 0.9)  # Gulrajani et al. 2017: momentum in the critic's gradient unsettles the penalty
@@ -52,9 +63,11 @@ EMA_RAMP = 0.05  # the half-life of the average is at most this part of the imag
 NETWORKS = ("generator", "averaged", "critic")
 OPTIMIZERS = ("generator_optimizer", "critic_optimizer")
 NUM_SAMPLES = 64
+NUM_MEASURED = 500
 COLUMNS = 8  # of the grids
 MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "check_data", "skip_bad", "device", "compile",
-              "cache_dir", "log_every", "tensorboard", "sample_every", "checkpoint_every", "keep_checkpoints"}
+              "cache_dir", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep_checkpoints",
+              "tensorboard"}
 
 
 class TrainingError(ValueError):
@@ -446,6 +459,8 @@ class _Run:
         config = self.config
         if self.step % config.log_every == 0 and not ending:
             self.log()
+        if config.evaluate_every and self.step % config.evaluate_every == 0 and not ending and self.leads:
+            self.measure()
         if (self.step % config.checkpoint_every == 0) != ending:
             self.save()
         if (self.step % config.sample_every == 0) != ending and self.leads:
@@ -515,6 +530,24 @@ class _Run:
         if self.board:
             self.board.add_image(kind, picture, self.step)
 
+    @torch.no_grad()
+    def measure(self):
+        """Logs the sliced Wasserstein distance between generated and real images; keeps the best generator as best.pt."""
+        started = time.perf_counter()
+        seed, vae, before = self.config.seed, self.trainer.averaged, read_metrics(self.out)
+        real = pick(self.data.images, NUM_MEASURED)
+        noise = latent_noise(seed, range(len(real)), self.config.latent_dim).split(self.config.batch_size)
+        fake = torch.cat([vae.decode(z.to(self.trainer.device)).cpu() for z in noise])
+        distances = sliced_wasserstein(real, fake, generator=random_generator(seed, "patches"))
+        distance = statistics.mean(distances.values())
+        append_metrics(self.out, {"step": self.step, "sliced_wasserstein": distance})
+        if self.board:
+            self.board.add_scalar("sliced_wasserstein", distance, self.step)
+        if distance < min((line.get("sliced_wasserstein", math.inf) for line in before), default=math.inf):
+            state = {"step": self.step} | self._facts() | self.trainer.state()
+            save_generator(self.out / "checkpoints" / "best.pt", state)
+        self.last_log += time.perf_counter() - started  # measuring is not counted in images per second
+
     def save(self):
         """Writes a checkpoint, unless something in it is not finite."""
         self._mean_metrics()
@@ -523,12 +556,13 @@ class _Run:
             raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
         if not self.leads:
             return
-        save_checkpoint(self.out / "checkpoints", self.step, {
-            "images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
-            "config": dataclasses.asdict(self.config), "model_arguments": self.config.model_arguments(),
-            "pending_metrics": {name: self._pending_values(name) for name in (self.pending[-1] if self.pending else ())},
-            **state,
-        }, keep=self.config.keep_checkpoints)
+        save_checkpoint(self.out / "checkpoints", self.step, self._facts() | state, keep=self.config.keep_checkpoints)
+
+    def _facts(self):
+        """What a checkpoint holds beside the state of the networks."""
+        return {"images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
+                "config": dataclasses.asdict(self.config), "model_arguments": self.config.model_arguments(),
+                "pending_metrics": {name: self._pending_values(name) for name in (self.pending[-1] if self.pending else ())}}
 
 
 def _board(folder, step):

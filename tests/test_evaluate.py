@@ -11,7 +11,7 @@ import evaluate
 from checkpointing import load_generator, save_checkpoint
 from demo_images import SHAPES, draw_shape
 from evaluate import Options, alarms
-from image_data import decode_image
+from image_data import decode_image, load_images
 from model_definitions import VAE
 
 
@@ -53,9 +53,8 @@ def figures(images, data, **settings):
 
 
 def test_one_image_repeated_is_a_collapse_and_the_training_set_itself_is_copying(data):
-    training = evaluate._floats(evaluate._load(data, Playback(None), Options(data=str(data))))
-    new = torch.stack([evaluate.take(decode_image(path, 32)[None], torch.tensor([0]), evaluate.CPU)[0]
-                       for path in draw_new()])
+    training = load_images(data, 32, cache_dir="cache").images / 255
+    new = torch.stack([decode_image(path, 32) for path in draw_new()]) / 255
     again = torch.zeros(24, 3, 32, 32)  # reconstructions come after the generated images
     honest, copied, collapsed = (figures(torch.cat([images, again]), data)
                                  for images in (new, training, new[:1].expand(24, -1, -1, -1)))

@@ -26,7 +26,10 @@ from synthetic_video import synthetic_video
 @pytest.fixture
 def checkpoint(tmp_path):
     torch.manual_seed(0)
-    return save_checkpoint(tmp_path / "saved", 1, STATE | {"averaged": VAE(**MODEL).state_dict()}, keep=1)
+    vae = VAE(**MODEL).requires_grad_(False)
+    vae.mu.weight *= 20  # so that its images differ, which those of a new one hardly do
+    vae.decoder[0].weight *= 4
+    return save_checkpoint(tmp_path / "saved", 1, STATE | {"averaged": vae.state_dict()}, keep=1)
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ MAY_IMPORT = {
     "quality": {"torch"},
     "evaluate": {"torch", "tqdm", "program", "checkpointing", "config", "image_data", "quality", "randomness"},
     "training": {"torch", "tqdm", "config", "program", "randomness", "synthetic_video", "model_definitions", "losses",
-                 "augmentation", "image_data", "data_report", "demo_images", "pictures", "checkpointing", "run_folder",
-                 "acceleration", "parallel"},
+                 "augmentation", "image_data", "data_report", "demo_images", "pictures", "checkpointing", "quality",
+                 "run_folder", "acceleration", "parallel"},
 }
 OPTIONAL = ("av", "matplotlib", "tensorboard")
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]

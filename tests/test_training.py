@@ -263,6 +263,27 @@ def test_curves_are_drawn_where_matplotlib_is_installed(train_tiny, monkeypatch)
         assert len(picture.convert("L").histogram()) > 2
 
 
+def test_the_best_generator_is_kept_and_a_resumed_run_knows_how_good_it_was(train_tiny):
+    settings = {"evaluate_every": 2, "generator_learning_rate": 0.05, "critic_learning_rate": 0.05, "ema_half_life_images": 1.0}
+    straight = train_tiny(steps=10, out="straight", **settings)
+    train_tiny(steps=5, out="cut", **settings)
+    cut = train_tiny(steps=10, out="cut", **settings)
+    assert metrics(straight) == metrics(cut)
+    measured = {line["step"]: line["sliced_wasserstein"] for line in metrics(cut) if "sliced_wasserstein" in line}
+    assert list(measured) == [2, 4, 6, 8, 10]
+    best = min(measured, key=measured.get)
+    assert best < 10  # or the test would not tell the best from the newest
+    for run in (straight, cut):
+        state = load_checkpoint(run / "checkpoints" / "best.pt")
+        assert state["step"] == best
+        assert_same(state["averaged"], load_checkpoint(straight / "checkpoints" / "best.pt")["averaged"])
+    assert newest(cut)["step"] == 10
+
+
+def test_measuring_has_no_side_effect(train_tiny):
+    assert_same(newest(train_tiny(steps=4, out="often", evaluate_every=1)), newest(train_tiny(steps=4, out="never")))
+
+
 def test_tensorboard_gets_the_numbers_of_the_log_and_the_pictures(train_tiny):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
