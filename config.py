@@ -87,7 +87,8 @@ class Config(Settings):
 
     batch_size: int = option(16, "training", "images per update", metavar="N", least=1)
     critic_steps: int = option(1, "training", "critic updates per generator update", metavar="N", least=1)
-    critic_learning_rate: float = option(1.6e-3, "training", "Adam's step size for the critic", metavar="RATE", above=0)
+    critic_learning_rate: float = option(1.6e-3, "training", "Adam's step size for the critic, after a warm-up of 500 "
+                                                            "steps", metavar="RATE", above=0)
     generator_learning_rate: float = option(1.6e-3, "training", "Adam's step size for the VAE, the CNN and the layer",
                                             metavar="RATE", above=0)
     gradient_penalty_weight: float = option(10.0, "training", "of the gradient penalty in the critic's loss",
@@ -126,8 +127,7 @@ class Config(Settings):
 
 
 # What --demo changes, where the command line does not say otherwise: a few minutes on two CPU cores.
-DEMO = {"image_size": 32, "steps": 2_200, "critic_learning_rate": 1e-3, "generator_learning_rate": 1e-3,
-        "ema_half_life_images": 500.0, "sample_every": 200, "checkpoint_every": 1_000}
+DEMO = {"image_size": 32, "steps": 2_200, "ema_half_life_images": 500.0, "sample_every": 200, "checkpoint_every": 1_000}
 
 
 def option_name(field_name):

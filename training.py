@@ -59,6 +59,7 @@ from run_folder import RunFolderError, append_metrics, choose_run_folder, draw_c
 
 DEMO_FOLDER = pathlib.Path("demo_images")
 ADAM_BETAS = (0.0, 0.9)  # Gulrajani et al. 2017: momentum in the critic's gradient unsettles the penalty
+WARM_UP = 500  # steps
 EMA_RAMP = 0.05  # the half-life of the average is at most this part of the images seen
 NETWORKS = ("generator", "averaged", "critic")
 OPTIMIZERS = ("generator_optimizer", "critic_optimizer")
@@ -153,6 +154,15 @@ class Trainer:
             metrics["alpha"] = decoded.alpha.mean()
         return loss, metrics
 
+    def set_rates(self, step):
+        """Sets the learning rates for a step, counted from 0: they rise evenly over the first WARM_UP steps.
+
+        At the full rate, the first steps of Adam can push a generator so far that its ReLUs are all dead.
+        """
+        rates = self.config.generator_learning_rate, self.config.critic_learning_rate
+        for optimizer, rate in zip(self._optimizers(), rates, strict=True):
+            optimizer.param_groups[0]["lr"].fill_(rate * min(1, (step + 1) / WARM_UP))
+
     def tensors(self):
         """Returns all that the updates change, to be read or overwritten in place."""
         networks = self.generator, self.critic, self.averaged
@@ -212,7 +222,8 @@ def _adam(network, learning_rate):
     """Returns an Adam whose moments exist from the start, not from the first step on."""
     parameters = list(network.parameters())
     on_cuda = parameters[0].is_cuda
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=ADAM_BETAS, fused=True, capturable=on_cuda)
+    rate = torch.tensor(learning_rate, device=parameters[0].device)  # a tensor, so that a captured update reads it anew
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=ADAM_BETAS, fused=True, capturable=on_cuda)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # along no gradient, so nothing moves
@@ -306,6 +317,7 @@ def train(config, *, interrupt=None):
 def _train_step(trainer, images, step, images_seen):
     """One generator update with its critic updates; returns their metrics, on the device."""
     config = trainer.config
+    trainer.set_rates(step)
     critic_metrics = []
     for update in range(config.critic_steps):
         batch = _critic_batch(trainer, images, step, update, images_seen)

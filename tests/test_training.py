@@ -96,6 +96,19 @@ def test_the_first_step_is_as_long_as_the_learning_rate(images):
     assert (trainer.critic.score.weight - before).abs().median().item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_the_rates_rise_over_the_first_steps_and_stay(images):
+    trainer, moved = tiny_trainer(critic_learning_rate=0.01), []
+    for step in (0, 99, 499, 5_000):
+        before = trainer.critic.score.weight.detach().clone()
+        for state in trainer.critic_optimizer.state.values():
+            state["step"].zero_()
+            state["exp_avg_sq"].zero_()
+        trainer.set_rates(step)
+        trainer.critic_update(*critic_arguments(images))
+        moved.append((trainer.critic.score.weight - before).abs().median().item())
+    assert moved == pytest.approx([0.01 / 500, 0.01 / 5, 0.01, 0.01], rel=1e-2)
+
+
 def test_the_average_moves_part_of_the_way(images):
     trainer = tiny_trainer()
     start = trainer.averaged.mu.weight.clone()
@@ -264,7 +277,8 @@ def test_curves_are_drawn_where_matplotlib_is_installed(train_tiny, monkeypatch)
 
 
 def test_the_best_generator_is_kept_and_a_resumed_run_knows_how_good_it_was(train_tiny):
-    settings = {"evaluate_every": 2, "generator_learning_rate": 0.05, "critic_learning_rate": 0.05, "ema_half_life_images": 1.0}
+    settings = {"evaluate_every": 2, "generator_learning_rate": 3.0, "critic_learning_rate": 3.0,
+                "ema_half_life_images": 1.0}
     straight = train_tiny(steps=10, out="straight", **settings)
     train_tiny(steps=5, out="cut", **settings)
     cut = train_tiny(steps=10, out="cut", **settings)
