@@ -241,7 +241,7 @@ def _load_with_generator(path, report):
         with torch.device("meta"):
             expected = VAE(**state["model_arguments"]).state_dict()
     except Exception as error:  # whatever such arguments lead to
-        raise CheckpointError(f"{path}: model_arguments: {ascii(str(error))[1:200]}") from None
+        raise CheckpointError(f"{path}: model_arguments: {ascii(str(error))[1:-1][:200]}") from None
     try:
         check_tensors(state["averaged"], expected, "averaged")
     except CheckpointError as error:

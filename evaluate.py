@@ -19,6 +19,7 @@ from quality import diversity, nearest_distance, reconstruction_error, sliced_wa
 from randomness import latent_noise, random_generator
 
 BATCH = 16
+LEAST_IMAGES = 4  # two halves of two
 ALARM = 0.5  # of what real images have: less diversity is a collapse, less distance to training images is copying
 
 
@@ -29,7 +30,8 @@ class Options(Settings):
     data: str | None = option(None, "what", "folder of the images it was trained on", metavar="DIR")
     held_out: str | None = option(None, "what", "folder of images of the same kind that it was not trained on",
                                   metavar="DIR")
-    num_images: int = option(1_000, "what", "images of each kind compared, or as many as there are", metavar="N", least=4)
+    num_images: int = option(1_000, "what", "images of each kind compared, or as many as there are", metavar="N",
+                             least=LEAST_IMAGES)
     seed: int = option(0, "how", "of the generated images", metavar="S", least=0)
     json: bool = option(False, "how", "print one line of JSON instead of a table")
     skip_bad: bool = option(False, "how", "go on without the files that cannot be read")
@@ -51,14 +53,19 @@ def evaluate(vae, options):
 
     Raises:
         ValueError: a setting that cannot work.
-        DataError: the images cannot be read.
+        DataError: the images cannot be read, or are too few.
+        CheckpointError: what is generated is not finite.
     """
     options.check()
     training = _load(options.data, vae, options)
+    if len(training) < LEAST_IMAGES:
+        raise DataError(f"{options.data}: at least {LEAST_IMAGES} images are needed, it has {len(training)}")
     real = pick(training, options.num_images)
     device = vae.mu.weight.device
     z = latent_noise(options.seed, range(len(real)), vae.latent_dim).to(device)
     fake = torch.cat([vae.decode(part).cpu() for part in tqdm(z.split(BATCH), desc="generating", disable=None)])
+    if not fake.isfinite().all():
+        raise CheckpointError("the generated images are not finite")
     half = len(real) // 2
     found = {"num_images": len(real), "image_size": real.shape[-1]}
     for name, one, other in (("", real, fake), ("_real", real[:2 * half:2], real[1::2])):

@@ -23,7 +23,7 @@ import program
 from checkpointing import CheckpointError, export_generator, load_generator
 from config import DEVICES, Settings, add_options, option
 from image_data import DataError, decode_image
-from pictures import CLIP_FORMATS, alpha_picture, enlarge, grid, save_clip, save_picture
+from pictures import CLIP_FORMATS, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
 from randomness import latent_noise
 from synthetic_video import synthetic_video
 
@@ -56,14 +56,14 @@ class Options(Settings):
     size: int | None = option(None, "how", "enlarge images, or grids of a time lapse, to this width", metavar="PIXELS",
                               least=1, most=4096)
     enlarge: str = option("smooth", "how", "in what way", choices=("smooth", "nearest"))
-    format: str = option("webp", "how", "of clips; mp4 needs the package av", choices=CLIP_FORMATS)
+    format: str = option("webp", "how", "of clips; mp4 needs the package av", choices=tuple(CLIP_FORMATS))
     out: str = option("generated", "how", "folder to write to", metavar="DIR")
     device: str = option("auto", "how", "where to compute", choices=DEVICES)
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
         found = super().faults()
-        asked = ["--" + name.replace("_", "-") for name in KINDS if getattr(self, name)]
+        asked = ["--" + name.replace("_", "-") for name in KINDS if getattr(self, name) not in (None, False)]
         if len(asked) > 1:
             found.append(f"{asked[0]}: one thing at a time, so it does not go with {', '.join(asked[1:])}")
         elif self.grid and asked and asked[0] not in ("--clip", "--alpha-maps"):
@@ -139,9 +139,9 @@ def time_lapse(run):
     try:
         with Image.open(paths[-1], formats=["PNG"]) as last:
             side = last.width
-        return torch.stack([decode_image(path, side) for path in tqdm(paths, unit="grid", disable=None)]) / 255
-    except (DataError, OSError) as error:
-        raise DataError(f"{run}: its sample grids cannot be read: {error}") from None
+        return torch.cat([read_photo(path, side) for path in tqdm(paths, unit="grid", disable=None)])
+    except OSError as error:
+        raise DataError(f"{paths[-1]}: {error}") from None
 
 
 def generate(source, options):
@@ -152,21 +152,21 @@ def generate(source, options):
         options: Options.
 
     Raises:
-        CheckpointError, DataError, GenerateError, program.DeviceError, OSError: what cannot be done, in one line.
+        CheckpointError, DataError, GenerateError, PictureError, program.DeviceError, OSError: why not, in a line.
     """
     options.check()
-    if options.export:
+    if options.export is not None:
         return [export_generator(source, options.export, report=program.say)]
     if options.timelapse:
         return [_save(time_lapse(source), "timelapse", options)]
     vae = load_generator(source, report=program.say).to(program.pick_device(options.device))
-    if options.animate:
+    if options.animate is not None:
         frames = frames_of(vae, walk(encode_photo(vae, options.animate), options.frames, seed=options.seed))
-        return [_save(frames, f"{pathlib.Path(options.animate).stem}-animated", options)]
+        return [_save(frames, f"{_stem(options.animate)}-animated", options)]
     if options.morph:
         one, other = (encode_photo(vae, photo) for photo in options.morph)
-        names = [pathlib.Path(photo).stem for photo in options.morph]
-        return [_save(frames_of(vae, morph(one, other, options.frames)), "-to-".join(names), options)]
+        names = "-to-".join(map(_stem, options.morph))
+        return [_save(frames_of(vae, morph(one, other, options.frames)), names, options)]
     if options.alpha_maps:
         if vae.output_layer is None:
             raise GenerateError(f"--alpha-maps: {source} was trained with --output-layer none")
@@ -180,6 +180,10 @@ def generate(source, options):
     frames = torch.stack([_enlarged(frames, options) for _, frames in shown], dim=1)
     rows = torch.stack([grid(frame, columns=math.ceil(math.sqrt(len(frame)))) for frame in frames])
     return [_save(rows, f"seed{options.seed}-grid{kind}", dataclasses.replace(options, size=None))]
+
+
+def _stem(photo):
+    return pathlib.Path(photo).stem[:40]  # a file name has room for 255 bytes
 
 
 def _frames(vae, index, options):
@@ -238,7 +242,7 @@ def main(arguments=None):
             options = dataclasses.replace(options, format="webp")
         try:
             paths = generate(source, options)
-        except (CheckpointError, DataError, GenerateError, program.DeviceError, OSError) as error:
+        except (CheckpointError, DataError, GenerateError, PictureError, program.DeviceError, OSError) as error:
             program.complain(str(error))
             return 2
         program.say(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))

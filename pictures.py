@@ -13,9 +13,14 @@ from torchvision.utils import make_grid
 from safe_files import whole_file
 from synthetic_video import interpolation_matrix
 
-CLIP_FORMATS = ("webp", "gif", "mp4")
+CLIP_FORMATS = {"webp": (1, 16_383), "gif": (1, 65_535), "mp4": (2, 16_384)}  # with the sides in pixels they can have
 HEAT = ((0.1, 0.1, 0.3), (0.3, 0.2, 0.7), (0.8, 0.3, 0.5), (1.0, 0.7, 0.3), (1.0, 1.0, 0.8))  # ever brighter
+LEAST_SPAN = 0.01  # of alpha over the colours: smaller differences are not shown
 SCALE_HEIGHT = 24  # pixels, of the bar below a heat map and the numbers below the bar
+
+
+class PictureError(ValueError):
+    """The picture cannot be written like that; the message says what would do."""
 
 
 def grid(images, *, columns):
@@ -28,7 +33,9 @@ def enlarge(images, size, *, smooth):
     if size == images.shape[-1]:
         return images
     to = (round(images.shape[-2] * size / images.shape[-1]), size)
-    return F.interpolate(images, to, mode="bicubic" if smooth else "nearest-exact", antialias=smooth)
+    if smooth:
+        return F.interpolate(images, to, mode="bicubic", antialias=True).clamp(*images.aminmax())
+    return F.interpolate(images, to, mode="nearest-exact")
 
 
 def alpha_picture(before, alpha, after, *, columns):
@@ -40,7 +47,7 @@ def alpha_picture(before, alpha, after, *, columns):
         columns: how many of the N stand side by side.
     """
     low, high = (bound.item() for bound in alpha.aminmax())
-    heat = _heat((alpha - low) / max(high - low, 1e-6)).expand_as(before)
+    heat = _heat((alpha - low) / max(high - low, LEAST_SPAN)).expand_as(before)
     strips = grid(torch.stack([before, heat, after], dim=1).flatten(0, 1), columns=3 * columns)
     return torch.cat([strips, _scale(low, high, width=strips.shape[-1])], dim=1)
 
@@ -68,8 +75,16 @@ def save_picture(picture, path):
 
 
 def save_clip(frames, path, *, frames_per_second):
-    """Writes frames as a clip in the format of the path's ending, one of CLIP_FORMATS; WebP and GIF repeat for ever."""
-    path = pathlib.Path(path)
+    """Writes frames as a clip in the format of the path's ending, one of CLIP_FORMATS; WebP and GIF repeat for ever.
+
+    Raises:
+        PictureError: frames of that size do not go into that format.
+    """
+    path, sides = pathlib.Path(path), frames.shape[-2:]
+    least, most = CLIP_FORMATS[path.suffix[1:]]
+    if min(sides) < least or max(sides) > most:
+        raise PictureError(f"{path}: frames of {sides[1]} x {sides[0]} pixels cannot be written, only sides of {least} to "
+                           f"{most}; change --size or --num-images")
     if path.suffix == ".mp4":
         return _save_mp4(frames, path, frames_per_second)
     first, *others = map(to_pil, frames)

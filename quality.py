@@ -29,7 +29,8 @@ def sliced_wasserstein(real, fake, *, generator):
     distances = {}
     for real_level, fake_level in zip(_laplacian_pyramid(real), _laplacian_pyramid(fake), strict=True):
         real_patches, fake_patches = (_patches(level, generator) for level in (real_level, fake_level))
-        mean, deviation = real_patches.mean(dim=(0, 2), keepdim=True), real_patches.std(dim=(0, 2), keepdim=True)
+        mean = real_patches.mean(dim=(0, 2), keepdim=True)
+        deviation = real_patches.std(dim=(0, 2), keepdim=True).clamp(min=1 / 255)
         directions = F.normalize(torch.randn(real_patches[0].numel(), DIRECTIONS, generator=generator), dim=0)
         one, other = (((patches - mean) / deviation).flatten(1).matmul(directions).sort(dim=0).values
                       for patches in (real_patches, fake_patches))

@@ -15,7 +15,7 @@ def whole_file(path, *, bytes_needed=None):
         OSError: it could not be written: which file, why, and how much room there is.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # others may be writing the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -47,7 +47,7 @@ def append_line(path, text):
 def _not_written(path, error, bytes_needed=None):
     reason = (str(error) or type(error).__name__).splitlines()[0]
     needed = "" if bytes_needed is None else f"{bytes_needed:,} bytes are needed, "
-    return OSError(f"{path} could not be written: {needed}{free_bytes(path):,} are free there ({reason})")
+    return OSError(f"{path} could not be written: {needed}{free_bytes(path):,} bytes are free there ({reason})")
 
 
 def remove_leftovers(folder, pattern="*"):

@@ -99,11 +99,17 @@ def test_held_out_images_take_the_place_of_training_images(checkpoint, data):
     (["code.pt", "--data", "data"], "code.pt: not a checkpoint, or a damaged one"),
     (["saved/step_0000001.pt", "--data", "none"], "none is missing, a folder of images is needed"),
     (["saved/step_0000001.pt", "--data", "data", "--held-out", "none"], "none is missing"),
+    (["saved/step_0000001.pt", "--data", "few"], "few: at least 4 images are needed, it has 3"),
+    (["huge/step_0000001.pt", "--data", "data"], "the generated images are not finite"),
     (["saved/step_0000001.pt"], "--data: name the folder of images"),
     (["saved/step_0000001.pt", "--data", "data", "--num-images", "3"], "--num-images: must be at least 4, got 3"),
 ])
 def test_what_cannot_be_evaluated_is_said_in_one_line(checkpoint, data, capfd, arguments, said):
     torch.save({"format": 2, "x": Payload()}, "code.pt")
+    for index in range(3):
+        save_picture(f"few/{index}.png")
+    weights = {name: 1e30 * tensor for name, tensor in load_generator(checkpoint).state_dict().items()}
+    save_checkpoint("huge", 1, STATE | {"averaged": weights}, keep=1)
     try:
         status = evaluate.main(arguments)
     except SystemExit as stopped:

@@ -214,6 +214,8 @@ def test_an_exported_generator_is_the_same_and_says_nothing_of_its_maker(train_t
     (["saved/step_0000001.pt", "--grid", "--animate", "a.png"], "--grid: does not go with --animate"),
     (["saved/step_0000001.pt", "--clip", "dance"], "--clip: must be one of walk, synthetic, got dance"),
     (["saved/step_0000001.pt", "--fps", "0"], "--fps: must be at least 1, got 0"),
+    (["saved/step_0000001.pt", "--animate", ""], ": not a file"),
+    (["saved/step_0000001.pt", "--clip", "walk", "--format", "mp4", "--size", "1"], "frames of 1 x 1 pixels cannot be written"),
     (["saved/step_0000001.pt", "--fps", "51"], "--fps: must be at most 50, got 51"),
     (["saved/step_0000001.pt", "--num-images", "few"], "--num-images: must be a whole number, got 'few'"),
     pytest.param(["saved/step_0000001.pt", "--device", "cuda"], "--device: cuda is not available here; there is cpu",
@@ -239,7 +241,7 @@ def test_a_broken_sample_grid_is_named(train_tiny, capfd):
     run = train_tiny(steps=2, sample_every=1)
     (run / "samples" / "step_0000001.png").write_bytes(b"torn")
     assert generate.main([str(run), "--timelapse"]) == 2
-    assert "its sample grids cannot be read" in capfd.readouterr().err
+    assert "step_0000001.png: cannot identify image file" in capfd.readouterr().err
 
 
 def test_it_runs_anywhere_from_the_file_alone(checkpoint, tmp_path):

@@ -3,7 +3,7 @@ import torch
 from PIL import Image, ImageSequence
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pictures import CLIP_FORMATS, SCALE_HEIGHT, alpha_picture, enlarge, grid, save_clip, save_picture
+from pictures import CLIP_FORMATS, SCALE_HEIGHT, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
 
 
 def read(path):
@@ -50,11 +50,19 @@ def test_a_clip_has_its_frames_in_order_at_its_speed(tmp_path, ending):
             assert image.info["duration"] == 100
 
 
+@pytest.mark.parametrize(("ending", "side"), [("webp", 16_384), ("gif", 65_536), ("mp4", 16_386), ("mp4", 1)])
+def test_a_size_that_a_format_does_not_have_is_refused(tmp_path, ending, side):
+    with pytest.raises(PictureError, match=f"frames of {side} x 2 pixels cannot be written, only sides of"):
+        save_clip(torch.zeros(2, 3, 2, side), tmp_path / f"a.{ending}", frames_per_second=8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_enlarging_repeats_pixels_or_smooths_them():
     image = torch.rand(1, 3, 8, 8)
     assert torch.equal(enlarge(image, 24, smooth=False), image.repeat_interleave(3, 2).repeat_interleave(3, 3))
     smooth = enlarge(image, 24, smooth=True)
     assert smooth.shape == (1, 3, 24, 24)
+    assert image.min() <= smooth.min() < smooth.max() <= image.max()
     assert (smooth.diff(dim=3).abs().max() < 0.8 * image.diff(dim=3).abs().max())
     assert enlarge(torch.rand(2, 3, 4, 8), 16, smooth=True).shape == (2, 3, 8, 16)
     assert torch.equal(enlarge(image, 8, smooth=True), image)
@@ -86,3 +94,7 @@ def test_an_alpha_that_is_the_same_everywhere_is_one_colour():
     picture = alpha_picture(torch.zeros(1, 3, 32, 32), torch.full((1, 1, 32, 32), 3.0), torch.ones(1, 3, 32, 32), columns=1)
     assert picture.isfinite().all()
     assert picture[:, 2:34, 36:68].flatten(1).unique(dim=1).shape[1] == 1
+    almost = torch.full((1, 1, 32, 32), 3.0)
+    almost[..., :16] += 1e-5
+    picture = alpha_picture(torch.zeros(1, 3, 32, 32), almost, torch.ones(1, 3, 32, 32), columns=1)
+    assert (picture[:, 2:34, 36:52] - picture[:, 2:34, 52:68]).abs().max() < 0.01

@@ -43,6 +43,10 @@ def test_the_pyramid_keeps_the_mean_colour_at_its_coarsest_level_only():
     assert shifted[16] > 5 * same[16]
 
 
+def test_channels_that_are_the_same_everywhere_give_finite_distances():
+    assert all(0 <= distance < 1e6 for distance in swd(torch.ones(8, 3, 32, 32), torch.zeros(8, 3, 32, 32)).values())
+
+
 def test_one_image_repeated_has_no_diversity(drawn):
     small = thumbnails(drawn[0])
     assert diversity(small[:1].expand(10, -1)) == 0

@@ -1,4 +1,7 @@
 import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -37,9 +40,9 @@ def test_what_fails_in_the_middle_leaves_the_file_of_before_and_nothing_else(tmp
 
 def test_what_cannot_be_written_is_named_with_the_room_there_is(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError, match=r"/a could not be written: 5,000 bytes are needed, [\d,]+ are free there \(.*file"):
+    with pytest.raises(OSError, match=r"/a could not be written: 5,000 bytes are needed, [\d,]+ bytes are free there \(.*file"):
         write(tmp_path / "file" / "a", bytes_needed=5_000)
-    with pytest.raises(OSError, match=r"could not be written: [\d,]+ are free there \(.*Is a directory"):
+    with pytest.raises(OSError, match=r"could not be written: [\d,]+ bytes are free there \(.*Is a directory"):
         append_line(tmp_path, "x")
 
 
@@ -67,3 +70,14 @@ def test_a_folder_that_is_held_is_waited_for_after_a_word(tmp_path):
     assert said == [1]
     with hold_folder(tmp_path, busy=None):
         pass
+
+
+def test_two_processes_can_write_the_same_file_and_the_last_one_has_it(tmp_path):
+    code = f"from safe_files import whole_file\nwith whole_file({str(tmp_path / 'a')!r}) as file: file.write(b'other')"
+    with whole_file(tmp_path / "a") as file:
+        file.write(b"mine, ")
+        subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[1], check=True)
+        assert (tmp_path / "a").read_bytes() == b"other"
+        file.write(b"whole")
+    assert (tmp_path / "a").read_bytes() == b"mine, whole"
+    assert os.listdir(tmp_path) == ["a"]
