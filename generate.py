@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import program
@@ -27,7 +26,7 @@ from pictures import CLIP_FORMATS, PictureError, alpha_picture, enlarge, grid, s
 from randomness import latent_noise
 from synthetic_video import synthetic_video
 
-WALK_RADIUS = 0.3  # of the circle of a walk, as a part of the distance from the origin
+WALK_RADIUS = 0.3  # of the circle of a walk, in standard deviations of the latent space
 KINDS = ("clip", "animate", "morph", "alpha_maps", "timelapse", "export")  # instead of single images
 
 
@@ -72,9 +71,7 @@ class Options(Settings):
 
 
 def walk(z, num_frames, *, seed=0, index=0):
-    """Returns latent vectors (T, Z) along a closed path: a circle through z, at z's distance from the origin.
-
-    The first is z; the last is as far from it as any is from the next.
+    """Returns latent vectors (T, Z) along a closed path, a circle through z: the first is z, the last is a step from it.
 
     Args:
         z: (1, Z).
@@ -82,11 +79,8 @@ def walk(z, num_frames, *, seed=0, index=0):
         seed, index: choose the circle.
     """
     aside = latent_noise(seed, (2 * index, 2 * index + 1), z.shape[1], purpose="walk").to(z)
-    length = torch.linalg.vector_norm(z)
     angle = 2 * math.pi * torch.arange(num_frames, device=z.device)[:, None] / num_frames
-    circle = (1 - angle.cos()) * aside[0] + angle.sin() * aside[1]
-    path = z + WALK_RADIUS * length / math.sqrt(z.shape[1]) * circle
-    return length * F.normalize(path, dim=1)
+    return z + WALK_RADIUS * ((1 - angle.cos()) * aside[0] + angle.sin() * aside[1])
 
 
 def morph(z, other, num_frames):

@@ -82,16 +82,17 @@ def test_what_it_says_is_what_it_wrote(checkpoint, capfd):
     assert capfd.readouterr().out == "wrote generated/seed0-00000.png and 2 more\n"
 
 
-def test_a_walk_is_a_closed_smooth_path_through_its_start_at_one_distance():
+def test_a_walk_is_a_closed_smooth_path_through_its_start():
     z = latent_noise(1, [7], 128)
     path = walk(z, 16, seed=1, index=7)
     assert torch.allclose(path[0], z[0])
-    assert torch.allclose(path.norm(dim=1), z.norm().expand(16))
     steps = (path - path.roll(1, 0)).norm(dim=1)
     assert steps.max() < 1.5 * steps.min()  # the one from the last to the first among them
-    assert (path - z).norm(dim=1).max() < 0.7 * z.norm()
+    farthest = (path - z).norm(dim=1)
+    assert farthest.argmax() in (7, 8, 9)
+    assert 0.5 < farthest.max() / z.norm() < 0.7
     assert not torch.allclose(walk(z, 16, seed=1, index=8)[5], path[5])
-    assert walk(torch.zeros(1, 8), 4).isfinite().all()
+    assert walk(torch.zeros(1, 1), 4).shape == (4, 1)
 
 
 def test_a_morph_goes_from_one_to_the_other_and_back():
