@@ -164,6 +164,15 @@ def add_options(parser, settings):
                                            help=rule["help"] + ("" if kind is bool else shown), **how)
 
 
+def source_and_options(parser, settings, arguments=None):
+    """Returns the argument "source" of a command line and the others as settings; prints all faults and exits with 2."""
+    given = vars(parser.parse_args(arguments))
+    source, options = given.pop("source"), settings(**given)
+    if faults := options.faults():
+        parser.exit(2, "\n".join(faults) + "\n")
+    return source, options
+
+
 def parser():
     """Returns the argparse parser of training.py."""
     made = argparse.ArgumentParser(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import program
 from checkpointing import CheckpointError, load_generator
-from config import DEVICES, Settings, add_options, option
+from config import DEVICES, Settings, add_options, option, source_and_options
 from image_data import DataError, load_images, pick
 from quality import diversity, nearest_distance, reconstruction_error, sliced_wasserstein, thumbnails
 from randomness import latent_noise, random_generator
@@ -119,11 +119,7 @@ def parser():
 
 
 def main(arguments=None):
-    made = parser()
-    given = vars(made.parse_args(arguments))
-    source, options = given.pop("source"), Options(**given)
-    if faults := options.faults():
-        made.exit(2, "\n".join(faults) + "\n")
+    source, options = source_and_options(parser(), Options, arguments)
     with program.output():
         try:
             vae = load_generator(source, report=program.complain).to(program.pick_device(options.device))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import program
 from checkpointing import CheckpointError, export_generator, load_generator
-from config import DEVICES, Settings, add_options, option
+from config import DEVICES, Settings, add_options, option, source_and_options
 from image_data import DataError, decode_image
 from pictures import CLIP_FORMATS, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
 from randomness import latent_noise
@@ -225,11 +225,7 @@ def parser():
 
 
 def main(arguments=None):
-    made = parser()
-    given = vars(made.parse_args(arguments))
-    source, options = given.pop("source"), Options(**given)
-    if faults := options.faults():
-        made.exit(2, "\n".join(faults) + "\n")
+    source, options = source_and_options(parser(), Options, arguments)
     with program.output():
         if options.format == "mp4" and not importlib.util.find_spec("av"):
             program.say("MP4 needs the package av (pip install av): WebP is written instead")
