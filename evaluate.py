@@ -73,11 +73,12 @@ def evaluate(vae, options):
         found |= {f"sliced_wasserstein_{side}px{name}": distance for side, distance in distances.items()}
     known = torch.cat([thumbnails(pick(part, len(part))) for part in training.split(1_000)])
     unseen = pick(_load(options.held_out, vae, options), options.num_images) if options.held_out else None
+    small_real, small_fake = thumbnails(real), thumbnails(fake)
     return found | {
-        "diversity": diversity(thumbnails(fake)),
-        "diversity_real": diversity(thumbnails(real)),
-        "nearest_training_image": nearest_distance(thumbnails(fake), known),
-        "nearest_training_image_real": (nearest_distance(thumbnails(real), known, rank=2) if unseen is None
+        "diversity": diversity(small_fake),
+        "diversity_real": diversity(small_real),
+        "nearest_training_image": nearest_distance(small_fake, known),
+        "nearest_training_image_real": (nearest_distance(small_real, known, rank=2) if unseen is None
                                         else nearest_distance(thumbnails(unseen), known)),
         "reconstruction_error": reconstruction_error(vae, (real if unseen is None else unseen).to(device)),
     }
