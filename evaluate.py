@@ -1,6 +1,7 @@
-"""How good a generator is, in figures that need no download: python evaluate.py runs/images --data ./images"""
+"""How good a generator is, in figures: python evaluate.py runs/images --data ./images"""
 import argparse
 import dataclasses
+import importlib.util
 import json
 import signal
 import sys
@@ -15,7 +16,7 @@ import program
 from checkpointing import CheckpointError, load_generator
 from config import DEVICES, Settings, add_options, option, source_and_options
 from image_data import DataError, load_images, pick
-from quality import diversity, nearest_distance, reconstruction_error, sliced_wasserstein, thumbnails
+from quality import diversity, inception_distances, nearest_distance, reconstruction_error, sliced_wasserstein, thumbnails
 from randomness import latent_noise, random_generator
 
 BATCH = 16
@@ -32,6 +33,8 @@ class Options(Settings):
                                   metavar="DIR")
     num_images: int = option(1_000, "what", "images of each kind compared, or as many as there are", metavar="N",
                              least=LEAST_IMAGES)
+    inception: bool = option(False, "what", "FID and KID too, by torch-fidelity, which has to be installed and fetches a "
+                                            "network of 95 MB once")
     seed: int = option(0, "how", "of the generated images", metavar="S", least=0)
     json: bool = option(False, "how", "print one line of JSON instead of a table")
     skip_bad: bool = option(False, "how", "go on without the files that cannot be read")
@@ -40,7 +43,10 @@ class Options(Settings):
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
-        return ([] if self.data else ["--data: name the folder of images that it was trained on"]) + super().faults()
+        found = [] if self.data else ["--data: name the folder of images that it was trained on"]
+        if self.inception and not importlib.util.find_spec("torch_fidelity"):
+            found.append("--inception: needs the package torch-fidelity: pip install torch-fidelity")
+        return found + super().faults()
 
 
 @torch.no_grad()
@@ -55,6 +61,7 @@ def evaluate(vae, options):
         ValueError: a setting that cannot work.
         DataError: the images cannot be read, or are too few.
         CheckpointError: what is generated is not finite.
+        OSError: --inception, and the network cannot be fetched.
     """
     options.check()
     training = _load(options.data, vae, options)
@@ -74,7 +81,7 @@ def evaluate(vae, options):
     known = torch.cat([thumbnails(pick(part, len(part))) for part in training.split(1_000)])
     unseen = pick(_load(options.held_out, vae, options), options.num_images) if options.held_out else None
     small_real, small_fake = thumbnails(real), thumbnails(fake)
-    return found | {
+    found |= {
         "diversity": diversity(small_fake),
         "diversity_real": diversity(small_real),
         "nearest_training_image": nearest_distance(small_fake, known),
@@ -82,6 +89,7 @@ def evaluate(vae, options):
                                         else nearest_distance(thumbnails(unseen), known)),
         "reconstruction_error": reconstruction_error(vae, (real if unseen is None else unseen).to(device)),
     }
+    return found | inception_distances(real, fake, device) if options.inception else found
 
 
 def _load(folder, vae, options):

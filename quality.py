@@ -1,14 +1,18 @@
-"""How good are generated images? Figures that need no pretrained network, as pure functions.
+"""How good are generated images? Figures as pure functions; none but inception_distances needs a pretrained network.
 
 Notation as in model_definitions.py: two sets of images (M, C, H, W) and (N, C, H, W) in [0, 1].
 """
+from urllib.error import URLError
+
 import torch
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 SMALLEST_LEVEL = 16  # pixels a side of the coarsest level of the pyramid
 PATCH = 7  # pixels a side
 PATCHES_PER_IMAGE = 64
 DIRECTIONS = 512
+KID_SUBSET = 1_000  # images, as is usual, or as many as there are
 THUMBNAIL = 16  # pixels a side of what whole images are compared by: what they show and where, not their texture
 
 
@@ -79,3 +83,35 @@ def reconstruction_error(vae, images):
     """Returns the mean absolute difference between images and what the VAE makes of their mean latent vectors, in [0, 1]."""
     errors = [(vae.decode(vae.encode(image)[0]) - image).abs().mean() for image in images.split(1)]
     return torch.stack(errors).mean().item()
+
+
+def inception_distances(real, fake, device):
+    """Returns FID and KID x 1000, in the features of the Inception network that papers use, fetched at the first call.
+
+    FID falls with the number of images, KID does not: compare FID only at equal numbers, with papers at theirs, often
+    50,000. Images are rounded to 8 bits; torch-fidelity enlarges them to 299 px.
+
+    Args:
+        real, fake: at least 2 images each.
+        device: where to compute, CUDA or CPU.
+
+    Raises:
+        ModuleNotFoundError: torch-fidelity is not installed.
+        OSError: the network cannot be fetched.
+
+    Source: Heusel et al. 2017 (arXiv:1706.08500), Binkowski et al. 2018 (arXiv:1801.01401).
+    """
+    from torch_fidelity import calculate_metrics  # an optional package
+
+    try:
+        found = calculate_metrics(input1=_as_dataset(fake), input2=_as_dataset(real), fid=True, kid=True,
+                                  kid_subset_size=min(KID_SUBSET, len(real), len(fake)), cuda=device.type == "cuda",
+                                  cache=False, save_cpu_ram=True, verbose=False)  # save_cpu_ram: no worker processes
+    except URLError as error:
+        raise OSError(f"the Inception network cannot be fetched: {error.reason}") from None
+    return {"frechet_inception_distance": found["frechet_inception_distance"],
+            "kernel_inception_distance": 1000 * found["kernel_inception_distance_mean"]}
+
+
+def _as_dataset(images):
+    return Subset((255 * images).round().to(torch.uint8), range(len(images)))

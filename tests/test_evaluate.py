@@ -1,6 +1,7 @@
 import json
 import pathlib
 import random
+import sys
 
 import pytest
 import torch
@@ -92,6 +93,20 @@ def test_held_out_images_take_the_place_of_training_images(checkpoint, data):
     one, other = (evaluate.evaluate(vae, Options(data=str(data), held_out=held)) for held in (None, "held"))
     differing = {name for name in one if one[name] != other[name]}
     assert differing == {"nearest_training_image_real", "reconstruction_error"}
+
+
+def test_inception_adds_its_figures_of_the_generated_images(data, monkeypatch):
+    fake = torch.rand(24, 3, 32, 32)
+    monkeypatch.setattr(evaluate, "inception_distances", lambda real, generated, device: {
+        "frechet_inception_distance": (generated - fake).abs().max().item(), "images": len(real)})
+    found = figures(torch.cat([fake, fake]), data, inception=True)
+    assert (found["frechet_inception_distance"], found["images"]) == (0, 24)
+
+
+def test_inception_is_asked_for_in_one_line_where_it_is_missing(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ValueError, match="^--inception: needs the package torch-fidelity: pip install torch-fidelity$"):
+        figures(torch.rand(48, 3, 32, 32), data, inception=True)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

@@ -26,13 +26,13 @@ MAY_IMPORT = {
     "parallel": {"torch"},
     "generate": {"torch", "PIL", "tqdm", "program", "checkpointing", "config", "image_data", "pictures", "randomness",
                  "synthetic_video"},
-    "quality": {"torch"},
+    "quality": {"torch", "torch_fidelity"},
     "evaluate": {"torch", "tqdm", "program", "checkpointing", "config", "image_data", "quality", "randomness"},
     "training": {"torch", "tqdm", "config", "program", "randomness", "synthetic_video", "model_definitions", "losses",
                  "augmentation", "image_data", "data_report", "demo_images", "pictures", "checkpointing", "quality",
                  "run_folder", "acceleration", "parallel"},
 }
-OPTIONAL = ("av", "matplotlib", "tensorboard")
+OPTIONAL = ("av", "matplotlib", "tensorboard", "torch_fidelity")
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
 
 

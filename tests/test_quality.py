@@ -1,4 +1,5 @@
 import random
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -7,7 +8,14 @@ from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
 
 from demo_images import SHAPES, draw_shape
 from model_definitions import VAE
-from quality import diversity, nearest_distance, reconstruction_error, sliced_wasserstein, thumbnails
+from quality import (
+    diversity,
+    inception_distances,
+    nearest_distance,
+    reconstruction_error,
+    sliced_wasserstein,
+    thumbnails,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +80,36 @@ def test_the_reconstruction_error_is_that_of_mean_latent_vectors():
     images = torch.rand(3, 3, 32, 32)
     expected = (vae.decode(vae.encode(images)[0]) - images).abs().mean()
     assert reconstruction_error(vae, images) == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    """torch-fidelity with an untrained network in place of the one that it would fetch."""
+    from torch_fidelity import feature_extractor_inceptionv3 as network
+
+    def start(self, state):
+        for layer in self.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+
+    monkeypatch.setattr(network, "load_state_dict_from_url", lambda *_, **__: None)
+    monkeypatch.setattr(network.FeatureExtractorInceptionV3, "load_state_dict", start)
+    return network
+
+
+def test_inception_distances_are_zero_for_the_same_images_and_rise_with_a_fault(drawn, inception):
+    real, other = (half[:10] for half in drawn)
+    cpu = torch.device("cpu")
+    same, halves, dark = (inception_distances(real, fake, cpu) for fake in (real, other, 0.6 * other))
+    for name in ("frechet_inception_distance", "kernel_inception_distance"):
+        assert abs(same[name]) < 0.1 * dark[name]
+        assert halves[name] < 0.5 * dark[name]
+
+
+def test_an_inception_network_that_cannot_be_fetched_is_said(drawn, inception, monkeypatch):
+    def offline(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", offline)
+    with pytest.raises(OSError, match="the Inception network cannot be fetched: no network"):
+        inception_distances(drawn[0], drawn[1], torch.device("cpu"))
