@@ -32,7 +32,7 @@ class Decoded(NamedTuple):
 
     before: torch.Tensor  # (N, C, H, W) in (0, 1), what the decoder drew
     video: torch.Tensor | None  # (N, T, C, H, W), what the CNN saw
-    alpha: torch.Tensor | None  # (N or 1, 1, H, W), positive
+    alpha: torch.Tensor | None  # (N, 1, H, W), positive
     images: torch.Tensor  # (N, C, H, W) in [0, 1], the output
 
 
@@ -178,7 +178,7 @@ class StaticParamTanh(nn.Module):
 
     def parts(self, images):
         """Returns (None, alpha, images after the layer)."""
-        alpha = self.alpha_map(self.grid)
+        alpha = self.alpha_map(self.grid).expand(len(images), -1, -1, -1)
         return None, alpha, torch.tanh(alpha * images)
 
     def forward(self, images):

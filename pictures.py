@@ -43,7 +43,7 @@ def alpha_picture(before, alpha, after, *, columns):
 
     Args:
         before, after: (N, C, H, W) in [0, 1].
-        alpha: (N, 1, H, W) or (1, 1, H, W).
+        alpha: (N, 1, H, W).
         columns: how many of the N stand side by side.
     """
     low, high = (bound.item() for bound in alpha.aminmax())

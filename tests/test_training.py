@@ -74,7 +74,7 @@ def generator_arguments(images):
 # The updates
 
 
-@pytest.mark.parametrize("settings", [{}, {"augment": True}, {"output_layer": "none"}])
+@pytest.mark.parametrize("settings", [{}, {"augment": True}, {"output_layer": "static"}, {"output_layer": "none"}])
 def test_an_update_moves_its_own_network_and_no_other(images, settings):
     trainer = tiny_trainer(**settings)
     before = {name: value.clone() for name, value in trainer.critic.state_dict().items()}
@@ -265,6 +265,14 @@ def test_a_run_leaves_the_folder_that_the_readme_describes(train_tiny):
     assert os.listdir(run / "checkpoints") == ["step_0000004.pt"]
     with Image.open(run / "samples" / "step_0000004.png") as grid:
         assert grid.size == (8 * 34 + 2, 8 * 34 + 2)
+
+
+@pytest.mark.parametrize(("layer", "has_alpha"), [("static", True), ("none", False)])
+def test_a_run_with_another_output_layer_draws_what_the_layer_has(train_tiny, layer, has_alpha):
+    run = train_tiny(steps=2, batch_size=16, output_layer=layer)
+    assert (run / "samples" / "step_0000002.png").exists()
+    assert (run / "alpha_maps" / "step_0000002.png").exists() == has_alpha
+    assert ("alpha" in metrics(run)[-1]) == has_alpha
 
 
 def test_curves_are_drawn_where_matplotlib_is_installed(train_tiny, monkeypatch):
