@@ -1,9 +1,9 @@
 """Trains variants of the recipe and appends a row for each to a table; what has its row is not run again.
 
-    python benchmarks/experiments.py "" "--output-layer none" --data ./images --image-size 64 --steps 3000 --seeds 0 1 2
+    python benchmarks/experiments.py --data ./images --image-size 64 --steps 3000 --seeds 0 1 2 -- "" "--output-layer none"
 
-A variant is a text of options of training.py, "" its defaults. The figures are those of evaluate.py. Interrupted, the same
-command goes on with the run it was at.
+A variant is a text of options of training.py, "" its defaults; all stand behind "--". The figures are those of evaluate.py.
+Interrupted, the same command goes on with the run it was at.
 """
 import argparse
 import json

@@ -28,7 +28,7 @@ def blocks(language):
 def test_every_command_is_of_a_kind_that_is_run_here():
     for block in blocks("bash"):
         for line in block.splitlines():
-            assert re.match(r"\.venv/bin/python (training|generate|evaluate|benchmarks/throughput)\.py |"
+            assert re.match(r"\.venv/bin/python (training|generate|evaluate|benchmarks/(throughput|experiments))\.py |"
                             r"\.venv/bin/torchrun |python3 -m venv \.venv && \.venv/bin/pip install -r ", line), line
 
 
@@ -79,7 +79,7 @@ def test_the_command_for_several_processes_works(image_folder):
 
 @pytest.mark.nightly
 def test_the_benchmark_prints_its_tables(image_folder):
-    (command,) = (shlex.split(line) for block in blocks("bash") for line in block.splitlines() if "benchmarks/" in line)
+    (command,) = (shlex.split(line) for block in blocks("bash") for line in block.splitlines() if "throughput" in line)
     done = subprocess.run([sys.executable, ROOT / command[1], "--data", image_folder, "--image-size", "32",
                            "--batch-size", "4"], capture_output=True, text=True, check=True)
     for expected in ("plain loop", "as shipped", "as shipped, --compile on", "GFLOP in convolutions", "1,000,000"):
@@ -88,14 +88,16 @@ def test_the_benchmark_prints_its_tables(image_folder):
 
 @pytest.mark.nightly
 def test_experiments_append_a_row_for_each_run_once(image_folder):
-    command = [sys.executable, ROOT / "benchmarks" / "experiments.py", "--data", image_folder, "--image-size", "32",
-               "--steps", "2", "--table", "table.md", "--seeds"]
-    small = "--base-channels 2 --log-every 1"
+    (command,) = (shlex.split(line) for block in blocks("bash") for line in block.splitlines() if "experiments" in line)
+    end = command.index("--")
+    variants = [f"--base-channels 2 --log-every 1 {options}" for options in command[end + 1:]]
     pathlib.Path("table.md").write_text("# Mine\n")
     for seeds in (["0"], ["0", "1"]):
-        subprocess.run([*command, *seeds, "--", small, f"{small} --output-layer none"], check=True, capture_output=True)
+        subprocess.run([sys.executable, ROOT / command[1], *command[2:end], "--data", image_folder, "--image-size", "32",
+                        "--steps", "2", "--table", "table.md", "--seeds", *seeds, "--", *variants],
+                       check=True, capture_output=True)
     lines = pathlib.Path("table.md").read_text().splitlines()
-    assert len(lines) == 2 + 2 + 4
+    assert len(lines) == 2 + 2 + 2 * len(variants)
     assert len({line.count("|") for line in lines[2:]}) == 1
     assert len(set(lines)) == len(lines)
 
@@ -120,7 +122,8 @@ def _written(code):
 def test_files_and_options_that_it_names_exist():
     for name in re.findall(r"`?((?:tests/|benchmarks/)?\w+\.py)`|(docs/\w+\.\w+)", README):
         assert (ROOT / "".join(name)).exists(), name
-    options = set(re.findall(r"(--[a-z][a-z-]+)", README)) - {"--nproc-per-node", "--max-restarts"}  # torchrun's
+    others = {"--nproc-per-node", "--max-restarts", "--seeds"}  # of torchrun and of a benchmark
+    options = set(re.findall(r"(--[a-z][a-z-]+)", README)) - others
     helps = "".join(program.parser().format_help() for program in (training.configuration, generate, evaluate))
     known = set(re.findall(r"(--[a-z][a-z-]+)", helps))
     assert options <= known
@@ -130,7 +133,7 @@ def test_files_and_options_that_it_names_exist():
 def test_the_oldest_packages_that_are_allowed_do(tmp_path):
     subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"], check=True)
     lines = "\n".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt"))
-    oldest = re.findall(r"(?m)^[a-z]+>=.*$", lines)
+    oldest = re.findall(r"(?m)^[a-z-]+>=.*$", lines)
     python = tmp_path / "oldest" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", *(line.replace(">=", "==") for line in oldest)], check=True)
