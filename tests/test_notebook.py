@@ -12,7 +12,7 @@ def test_the_notebook_runs_from_top_to_bottom_and_shows_pictures(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     os.symlink(ROOT / "pretrained", "pretrained")
     notebook = nbformat.read(ROOT / "explore.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=60, resources={"metadata": {"path": os.getcwd()}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": os.getcwd()}}).execute()
     kinds = [kind for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
              for kind in output.get("data", {})]
     assert kinds.count("image/png") >= 7
