@@ -1,7 +1,7 @@
 """A folder of images to checked, cached, ordered batches.
 
 Every image is decoded once, into a memory-mapped file of uint8 pixels; training only ever indexes that.
-uint8 exists only here and where pictures are written.
+uint8 exists only here, where pictures are written and where torch-fidelity asks for it.
 """
 import contextlib
 import functools
