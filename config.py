@@ -5,6 +5,8 @@ import typing
 
 IMAGE_SIZES = (32, 64, 128, 256)
 DEVICES = ("auto", "cpu", "cuda", "mps")
+WARM_UP = 500  # steps in which the learning rates rise
+FULL_RATE = 8_000  # the step after which they fall
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
@@ -87,9 +89,10 @@ class Config(Settings):
 
     batch_size: int = option(16, "training", "images per update", metavar="N", least=1)
     critic_steps: int = option(1, "training", "critic updates per generator update", metavar="N", least=1)
-    critic_learning_rate: float = option(1.6e-3, "training", "Adam's step size for the critic, after a warm-up of 500 "
-                                                            "steps", metavar="RATE", above=0)
-    generator_learning_rate: float = option(1.6e-3, "training", "Adam's step size for the VAE, the CNN and the layer",
+    critic_learning_rate: float = option(1.6e-3, "training", "Adam's step size for the critic at its highest: it rises "
+                                         f"for {WARM_UP} steps, and falls as 1 / step from step {FULL_RATE:,} on",
+                                         metavar="RATE", above=0)
+    generator_learning_rate: float = option(1.6e-3, "training", "the same for the VAE, the CNN and the layer",
                                             metavar="RATE", above=0)
     gradient_penalty_weight: float = option(10.0, "training", "of the gradient penalty in the critic's loss",
                                             metavar="WEIGHT", least=0)
@@ -97,8 +100,8 @@ class Config(Settings):
                                           metavar="WEIGHT", least=0)
     kl_weight: float = option(0.02, "training", "of the KL divergence, per nat, in the generator's loss", metavar="WEIGHT",
                               least=0)
-    ema_half_life_images: float = option(5_000.0, "training", "images after which the averaged generator has forgotten "
-                                         "half; shorter at the start of a run", metavar="IMAGES", above=0)
+    ema_half_life_images: float = option(50_000.0, "training", "images after which the averaged generator has forgotten "
+                                         "half; at most a tenth of those seen", metavar="IMAGES", above=0)
 
     log_every: int = option(50, "output", "steps between lines of metrics.jsonl", metavar="STEPS", least=1)
     sample_every: int = option(500, "output", "steps between sample grids", metavar="STEPS", least=1)

@@ -37,6 +37,7 @@ from checkpointing import (
     save_checkpoint,
     save_generator,
 )
+from config import FULL_RATE, WARM_UP
 from data_report import report
 from demo_images import draw_demo_images
 from image_data import (
@@ -59,8 +60,7 @@ from run_folder import RunFolderError, append_metrics, choose_run_folder, draw_c
 
 DEMO_FOLDER = pathlib.Path("demo_images")
 ADAM_BETAS = (0.0, 0.9)  # Gulrajani et al. 2017: momentum in the critic's gradient unsettles the penalty
-WARM_UP = 500  # steps
-EMA_RAMP = 0.05  # the half-life of the average is at most this part of the images seen
+EMA_RAMP = 0.1  # the half-life of the average is at most this part of the images seen
 NETWORKS = ("generator", "averaged", "critic")
 OPTIMIZERS = ("generator_optimizer", "critic_optimizer")
 NUM_SAMPLES = 64
@@ -155,13 +155,16 @@ class Trainer:
         return loss, metrics
 
     def set_rates(self, step):
-        """Sets the learning rates for a step, counted from 0: they rise evenly over the first WARM_UP steps.
+        """Sets the rates for a step, counted from 0: rising for WARM_UP steps, from FULL_RATE on falling as 1 / step.
 
-        At the full rate, the first steps of Adam can push a generator so far that its ReLUs are all dead.
+        At the full rate, the first steps of Adam can push a generator so far that its ReLUs are all dead. How a rate falls
+        does not depend on the length of the run, so that a longer one goes on as if it had been asked for from the start.
         """
+        done = step + 1
+        part = min(1, done / WARM_UP, FULL_RATE / done)
         rates = self.config.generator_learning_rate, self.config.critic_learning_rate
         for optimizer, rate in zip(self._optimizers(), rates, strict=True):
-            optimizer.param_groups[0]["lr"].fill_(rate * min(1, (step + 1) / WARM_UP))
+            optimizer.param_groups[0]["lr"].fill_(rate * part)
 
     def tensors(self):
         """Returns all that the updates change, to be read or overwritten in place."""

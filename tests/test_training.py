@@ -96,9 +96,9 @@ def test_the_first_step_is_as_long_as_the_learning_rate(images):
     assert (trainer.critic.score.weight - before).abs().median().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_rates_rise_over_the_first_steps_and_stay(images):
+def test_the_rates_rise_over_the_first_steps_stay_and_fall(images):
     trainer, moved = tiny_trainer(critic_learning_rate=0.01), []
-    for step in (0, 99, 499, 5_000):
+    for step in (0, 99, 499, 7_999, 31_999):
         before = trainer.critic.score.weight.detach().clone()
         for state in trainer.critic_optimizer.state.values():
             state["step"].zero_()
@@ -106,7 +106,7 @@ def test_the_rates_rise_over_the_first_steps_and_stay(images):
         trainer.set_rates(step)
         trainer.critic_update(*critic_arguments(images))
         moved.append((trainer.critic.score.weight - before).abs().median().item())
-    assert moved == pytest.approx([0.01 / 500, 0.01 / 5, 0.01, 0.01], rel=1e-2)
+    assert moved == pytest.approx([0.01 / 500, 0.01 / 5, 0.01, 0.01, 0.01 / 4], rel=1e-2)
 
 
 def test_the_average_moves_part_of_the_way(images):
@@ -115,6 +115,13 @@ def test_the_average_moves_part_of_the_way(images):
     trainer.generator_update(*generator_arguments(images))
     assert torch.allclose(trainer.averaged.mu.weight, (start + trainer.generator.mu.weight) / 2)
     assert not any(p.requires_grad for p in trainer.averaged.parameters())
+
+
+def test_the_average_forgets_half_in_a_tenth_of_the_images_but_not_more_slowly_than_asked(images):
+    trainer = tiny_trainer(ema_half_life_images=1_000.0)
+    for images_seen, half_life in ((2_000, 200), (50_000, 1_000)):
+        weight = training._generator_batch(trainer, images, 0, images_seen)[-1].item()
+        assert (1 - weight) ** (half_life / trainer.config.batch_size) == pytest.approx(0.5, rel=1e-2)
 
 
 def test_the_critic_minimises_the_combined_wasserstein_loss(images):
