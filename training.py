@@ -37,7 +37,6 @@ from checkpointing import (
     save_checkpoint,
     save_generator,
 )
-from config import FULL_RATE, WARM_UP
 from data_report import report
 from demo_images import draw_demo_images
 from image_data import (
@@ -161,7 +160,7 @@ class Trainer:
         does not depend on the length of the run, so that a longer one goes on as if it had been asked for from the start.
         """
         done = step + 1
-        part = min(1, done / WARM_UP, FULL_RATE / done)
+        part = min(1, done / configuration.WARM_UP, configuration.FULL_RATE / done)
         rates = self.config.generator_learning_rate, self.config.critic_learning_rate
         for optimizer, rate in zip(self._optimizers(), rates, strict=True):
             optimizer.param_groups[0]["lr"].fill_(rate * part)
