@@ -1,7 +1,7 @@
-"""Checkpoints: files of tensors and plain values, written whole or not at all, read without running anything in them.
+"""Checkpoints: files of tensors and plain values, written atomically, and loaded without running code from them.
 
-A file is taken for what a stranger may have made: nothing in it is used before its form has been checked, and no text in it
-is ever used as a path or as code.
+A checkpoint may come from someone you do not trust: every entry is checked before use, and no text in it becomes a path or
+code.
 """
 import pathlib
 import re
@@ -10,10 +10,10 @@ import zipfile
 import torch
 
 from model_definitions import VAE
-from safe_files import whole_file
+from safe_files import atomic_write
 
-FORMAT = 2  # raised when a file of before can no longer be read
-LARGEST_OUTLINE = 2**18  # bytes of names and shapes; ours take a tenth of it, and millions of brackets would end Python
+FORMAT = 2  # raised when older files can no longer be read
+LARGEST_OUTLINE = 2**18  # bytes of names and shapes, ten times what ours need: deep nesting can crash the unpickler
 SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "config": dict,
           "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict, "critic": dict,
           "generator_optimizer": dict, "critic_optimizer": dict}
@@ -27,8 +27,8 @@ class CheckpointError(ValueError):
 def save_checkpoint(folder, step, state, *, keep):
     """Writes folder/step_0000000.pt and removes all but the newest `keep` checkpoints; returns the path.
 
-    The file gets its name only when all of it is on the disk, and older ones go only after that: at any moment, a power
-    cut or a full disk leaves a whole checkpoint behind, if there was one.
+    Older checkpoints are removed only after the new file is complete under its name. So a power cut or a full disk leaves a
+    complete checkpoint, if there was one.
 
     Args:
         step: number of the step, for the name and the order.
@@ -36,14 +36,14 @@ def save_checkpoint(folder, step, state, *, keep):
         keep: at least 1.
 
     Raises:
-        OSError: it could not be written; how much room there is.
+        OSError: it could not be written; how many bytes are needed and free.
     """
     folder = pathlib.Path(folder)
     path = folder / f"step_{step:07d}.pt"
-    with whole_file(path, bytes_needed=_num_bytes(state)) as file:
+    with atomic_write(path, bytes_needed=_num_bytes(state)) as file:
         torch.save({"format": FORMAT, "step": step, **state}, file)
     up_to_this = [other for other in list_checkpoints(folder) if _order(other) <= _order(path)]
-    for old in up_to_this[:-keep]:  # a later one was passed over as damaged, and must not push this one out
+    for old in up_to_this[:-keep]:  # later files are ignored: they are damaged ones that the resume skipped
         old.unlink()
     return path
 
@@ -56,7 +56,7 @@ def _num_bytes(state):
 
 
 def list_checkpoints(folder):
-    """Returns the checkpoints in a folder, oldest first; other files that somebody keeps there are none."""
+    """Returns the paths of the checkpoints in a folder, oldest first, without other files that are kept there."""
     return sorted((path for path in pathlib.Path(folder).glob("step_*.pt")
                    if re.fullmatch(r"step_\d{7,}\.pt", path.name) and path.is_file()), key=_order)
 
@@ -71,7 +71,7 @@ def load_checkpoint(path):
     Raises:
         CheckpointError: missing, damaged, incomplete, of another version, or holding anything but tensors and plain values.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
@@ -98,7 +98,7 @@ def _check_archive(path):
 
 
 def _plain(value, depth=4):
-    """Rebuilds dicts and lists from the built-in types themselves: an object of a derived type may answer as it likes."""
+    """Rebuilds dicts from the built-in types themselves: a subclass could override items() or shape."""
     if isinstance(value, torch.Tensor):
         return torch.Tensor.detach(value)
     if isinstance(value, dict) and depth:
@@ -112,7 +112,7 @@ def _plain(value, depth=4):
 
 
 def _fault(state):
-    """What is wrong with the form of a state, None where nothing is."""
+    """Returns what is wrong with the form of a state, None where nothing is."""
     for name in [*SCHEMA, *state]:
         if name not in SCHEMA:
             return f"{name!r:.80} is not part of one"
@@ -158,7 +158,7 @@ def check_tensors(saved, expected, name):
     if (saved.dtype, saved.shape) != (expected.dtype, expected.shape):
         raise CheckpointError(f"{name} is {saved.dtype} of shape {tuple(saved.shape)}, "
                               f"expected {expected.dtype} of shape {tuple(expected.shape)}")
-    if saved.untyped_storage().nbytes() < saved.nbytes:  # one number in the file, shown as a billion
+    if saved.untyped_storage().nbytes() < saved.nbytes:  # an expanded tensor: one stored number viewed as many
         raise CheckpointError(f"{name} is not stored in full")
     if not saved.isfinite().all():
         raise CheckpointError(f"{name} holds numbers that are not finite")
@@ -167,7 +167,7 @@ def check_tensors(saved, expected, name):
 def load_newest(folder, *, report=print):
     """Returns the state of the newest checkpoint in a folder that can be read, None where there is none.
 
-    Damaged ones are passed over, each with a line to `report`.
+    Damaged ones are skipped, each with a line to `report`.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be read.
@@ -184,13 +184,13 @@ def load_newest(folder, *, report=print):
 
 
 def load_generator(path, *, report=print):
-    """Returns the averaged VAE of a checkpoint, or of the newest one of a run folder, on the CPU and without gradients.
+    """Returns the averaged VAE of a checkpoint, or of the newest one of a run folder.
 
-    It is safe on a file from a stranger.
+    It is on the CPU, in evaluation mode and without gradients. Loading is safe on a file from someone you do not trust.
 
     Args:
-        path: a checkpoint or a run folder.
-        report: called with a line for every damaged checkpoint that is passed over.
+        path: a checkpoint or a run folder; "~" is the home directory.
+        report: called with a line for every damaged checkpoint that is skipped.
 
     Raises:
         CheckpointError: no such file, no checkpoint in the folder, or one that does not hold what it should.
@@ -198,7 +198,7 @@ def load_generator(path, *, report=print):
     state = _load_with_generator(path, report)
     vae = VAE(**state["model_arguments"])
     vae.load_state_dict(state["averaged"])
-    return vae.requires_grad_(False)
+    return vae.requires_grad_(False).eval()
 
 
 def export_generator(source, path, *, report=print):
@@ -227,13 +227,13 @@ def save_generator(path, state):
     """
     plain = {name: value for name, value in state["config"].items() if not isinstance(value, str)}
     state = state | {name: {} for name in TRAINING_ONLY} | {"config": plain}
-    with whole_file(path, bytes_needed=_num_bytes(state)) as file:
+    with atomic_write(path, bytes_needed=_num_bytes(state)) as file:
         torch.save({"format": FORMAT, **state}, file)
 
 
 def _load_with_generator(path, report):
     """load_checkpoint of a file, or of the newest one of a run folder, with "averaged" checked against "model_arguments"."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     state = load_newest(path / "checkpoints", report=report) if path.is_dir() else load_checkpoint(path)
     if state is None:
         raise CheckpointError(f"{path}: no checkpoints below it")

@@ -1,53 +1,69 @@
-"""The settings of the programs, first of all of training: defaults, help, checks, command line. Standard library only."""
+"""The settings of training (class Config), and what turns settings into checks and a command line. Standard library only."""
 import argparse
 import dataclasses
+import importlib.util
+import os
 import typing
 
-IMAGE_SIZES = (32, 64, 128, 256)
+IMAGE_SIZES = (32, 64, 128, 256)  # the same as in model_definitions.py, which --help does not import; a test compares them
 DEVICES = ("auto", "cpu", "cuda", "mps")
-WARM_UP = 500  # steps in which the learning rates rise
-FULL_RATE = 8_000  # the step after which they fall
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
-def option(default, group, help, *, metavar=None, choices=None, least=None, above=None, most=None):
+def option(default, group, help, *, metavar=None, choices=None, minimum=None, above=None, maximum=None):
     """Returns a field of Settings: its default, the heading it stands under in --help, and the values it may have.
 
     A list of values has a tuple of as many metavars.
     """
-    metadata = {"group": group, "help": help, "metavar": metavar, "choices": choices, "least": least, "above": above,
-                "most": most}
+    metadata = {"group": group, "help": help, "metavar": metavar, "choices": choices, "minimum": minimum, "above": above,
+                "maximum": maximum}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class Settings:
     """What a program can be told. Subclasses are frozen dataclasses of options; `--base-channels` is `base_channels`."""
 
+    def __post_init__(self):
+        """Turns paths and NumPy scalars into plain values, which are what files hold."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, field.name, os.fspath(value))
+            elif type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+                object.__setattr__(self, field.name, value.item())
+
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
-        found = []
+        faults = []
         for field in dataclasses.fields(self):
             name, value, rule = option_name(field.name), getattr(self, field.name), field.metadata
             if value is None:
                 continue
             kind = _kind(field)
             if not isinstance(value, (int, float) if kind is float else kind):
-                found.append(f"{name}: must be {KINDS[kind]}, got {value!r}")
+                faults.append(f"{name}: must be {KINDS[kind]}, got {value!r}")
             elif rule["choices"] and value not in rule["choices"]:
-                found.append(f"{name}: must be one of {', '.join(map(str, rule['choices']))}, got {value}")
+                faults.append(f"{name}: must be one of {', '.join(map(str, rule['choices']))}, got {value}")
             # Written so that NaN fails too.
-            elif rule["least"] is not None and not rule["least"] <= value < float("inf"):
-                found.append(f"{name}: must be at least {rule['least']}, got {value}")
+            elif rule["minimum"] is not None and not rule["minimum"] <= value < float("inf"):
+                faults.append(f"{name}: must be at least {rule['minimum']}, got {value}")
             elif rule["above"] is not None and not rule["above"] < value < float("inf"):
-                found.append(f"{name}: must be above {rule['above']}, got {value}")
-            elif rule["most"] is not None and not value <= rule["most"]:
-                found.append(f"{name}: must be at most {rule['most']}, got {value}")
-        return found
+                faults.append(f"{name}: must be above {rule['above']}, got {value}")
+            elif rule["maximum"] is not None and not value <= rule["maximum"]:
+                faults.append(f"{name}: must be at most {rule['maximum']}, got {value}")
+        return faults
 
     def check(self):
         """Raises one ValueError with all faults, a line each."""
         if faults := self.faults():
             raise ValueError("\n".join(faults))
+
+
+def missing_package(asked, option, module, package):
+    """Returns a list with the fault of an option that was asked for and needs a package that is not installed, or []."""
+    if not asked or importlib.util.find_spec(module):
+        return []
+    return [f"{option}: needs the package {package}: pip install {package}"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,62 +82,67 @@ class Config(Settings):
     out: str | None = option(None, "run", "run folder; not given: runs/<name of the data folder>, numbered where that "
                                           "holds another data folder or model", metavar="DIR")
     steps: int = option(20_000, "run", "length of the run: generator updates, each with its critic updates", metavar="N",
-                         least=1)
+                         minimum=1)
     epochs: float | None = option(None, "run", "length of the run in passes over the images, in place of --steps",
                                   metavar="N", above=0)
     resume: str | None = option(None, "run", "start an empty run folder from this checkpoint", metavar="PATH")
     fresh: bool = option(False, "run", "start anew in a numbered run folder rather than continue")
-    dry_run: bool = option(False, "run", "show what would be trained, run one step, save nothing")
-    seed: int = option(0, "run", "of the initial weights, the order of the images and all noise", metavar="N", least=0)
+    dry_run: bool = option(False, "run", "show what would be trained, run one step, leave no run folder")
+    seed: int = option(0, "run", "of the initial weights, the order of the images and all noise", metavar="N", minimum=0)
     device: str = option("auto", "run", "where to train", choices=DEVICES)
     precision: str = option("auto", "run", "of convolutions and matrix products; auto: bfloat16 where the device is fast "
                                            "at it", choices=("auto", "float32", "bfloat16"))
     compile: str = option("auto", "run", "auto: on CUDA, each update as one captured graph; on: torch.compile as well, "
                                          "which takes a minute or two to start", choices=("auto", "on", "off"))
 
-    latent_dim: int = option(128, "model", "size of the latent vector", metavar="Z", least=1)
+    latent_dim: int = option(128, "model", "size of the latent vector", metavar="Z", minimum=1)
     base_channels: int = option(32, "model", "width of the largest maps; deeper ones are up to 8 times wider",
-                                metavar="N", least=1)
+                                metavar="N", minimum=1)
     output_layer: str = option("cnn", "model", "what follows the decoder: CNNParamTanh, one learned alpha for all "
                                                "images, or nothing", choices=("cnn", "static", "none"))
-    num_frames: int = option(16, "model", "frames of the synthetic video", metavar="T", least=1)
-    alpha_grid: int = option(16, "model", "side of the grid of alpha that the CNN predicts", metavar="G", least=1)
+    num_frames: int = option(16, "model", "frames of the synthetic video", metavar="T", minimum=1)
+    alpha_grid: int = option(16, "model", "side of the grid of alpha that the CNN predicts", metavar="G", minimum=1)
 
-    batch_size: int = option(16, "training", "images per update", metavar="N", least=1)
-    critic_steps: int = option(1, "training", "critic updates per generator update", metavar="N", least=1)
-    critic_learning_rate: float = option(1.6e-3, "training", "Adam's step size for the critic at its highest: it rises "
-                                         f"for {WARM_UP} steps, and falls as 1 / step from step {FULL_RATE:,} on",
+    batch_size: int = option(16, "training", "images per update", metavar="N", minimum=1)
+    critic_steps: int = option(1, "training", "critic updates per generator update", metavar="N", minimum=1)
+    critic_learning_rate: float = option(1.6e-3, "training", "Adam's learning rate for the critic, at its highest",
                                          metavar="RATE", above=0)
-    generator_learning_rate: float = option(1.6e-3, "training", "the same for the VAE, the CNN and the layer",
+    generator_learning_rate: float = option(1.6e-3, "training", "the same for the VAE with its CNN and layer",
                                             metavar="RATE", above=0)
+    warm_up_images: int = option(8_000, "training", "images over which both rates rise", metavar="IMAGES", minimum=0)
+    decay_after_images: int = option(128_000, "training", "images after which both rates fall, as 1 / images; a step counts "
+                                     "--batch-size images, however many critic updates it has", metavar="IMAGES", minimum=1)
+    adam_beta2: float = option(0.9, "training", "Adam's second beta, of both networks; the first is 0", metavar="BETA",
+                               minimum=0, maximum=0.9999)
     gradient_penalty_weight: float = option(10.0, "training", "of the gradient penalty in the critic's loss",
-                                            metavar="WEIGHT", least=0)
+                                            metavar="WEIGHT", minimum=0)
     reconstruction_weight: float = option(1.0, "training", "of the reconstruction in the generator's loss",
-                                          metavar="WEIGHT", least=0)
+                                          metavar="WEIGHT", minimum=0)
     kl_weight: float = option(0.02, "training", "of the KL divergence, per nat, in the generator's loss", metavar="WEIGHT",
-                              least=0)
-    ema_half_life_images: float = option(50_000.0, "training", "images after which the averaged generator has forgotten "
-                                         "half; at most a tenth of those seen", metavar="IMAGES", above=0)
+                              minimum=0)
+    ema_half_life_images: float = option(50_000.0, "training", "half-life of the averaged generator (EMA), in images",
+                                         metavar="IMAGES", above=0)
+    ema_ramp: float = option(0.1, "training", "the half-life is at most this part of the images seen", metavar="X", above=0)
 
-    log_every: int = option(50, "output", "steps between lines of metrics.jsonl", metavar="STEPS", least=1)
-    sample_every: int = option(500, "output", "steps between sample grids", metavar="STEPS", least=1)
-    checkpoint_every: int = option(500, "output", "steps between checkpoints", metavar="STEPS", least=1)
-    keep_checkpoints: int = option(2, "output", "newest checkpoints kept", metavar="N", least=1)
+    log_every: int = option(50, "output", "steps between lines of metrics.jsonl", metavar="STEPS", minimum=1)
+    sample_every: int = option(500, "output", "steps between sample grids", metavar="STEPS", minimum=1)
+    checkpoint_every: int = option(500, "output", "steps between checkpoints", metavar="STEPS", minimum=1)
+    keep_checkpoints: int = option(2, "output", "newest checkpoints kept", metavar="N", minimum=1)
     evaluate_every: int | None = option(None, "output", "steps between measurements of quality; the best generator is kept "
-                                                        "as checkpoints/best.pt", metavar="STEPS", least=1)
+                                                        "as checkpoints/best.pt", metavar="STEPS", minimum=1)
     tensorboard: bool = option(False, "output", "write numbers and pictures for TensorBoard too, which has to be installed")
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
-        found = []
-        if bool(self.data) == self.demo:
-            found.append("--data: name a folder of images, or use --demo; one of the two")
+        faults = missing_package(self.tensorboard, "--tensorboard", "tensorboard", "tensorboard")
+        if bool(self.data) == bool(self.demo):
+            faults.append("--data: name a folder of images, or use --demo; one of the two")
         if self.fresh and self.resume:
-            found.append("--fresh: starts from nothing, so it does not go with --resume")
-        found += super().faults()
-        if not found and self.alpha_grid > self.image_size:
-            found.append(f"--alpha-grid: must be at most --image-size ({self.image_size}), got {self.alpha_grid}")
-        return found
+            faults.append("--fresh: starts from nothing, so it does not go with --resume")
+        faults += super().faults()
+        if not faults and self.alpha_grid > self.image_size:
+            faults.append(f"--alpha-grid: must be at most --image-size ({self.image_size}), got {self.alpha_grid}")
+        return faults
 
     def model_arguments(self):
         """Returns the keyword arguments of VAE."""
@@ -129,7 +150,7 @@ class Config(Settings):
         return {name: getattr(self, name) for name in names}
 
 
-# What --demo changes, where the command line does not say otherwise: a few minutes on two CPU cores.
+# What --demo changes, where the command line does not say otherwise: a minute or two on two CPU cores.
 DEMO = {"image_size": 32, "steps": 2_200, "ema_half_life_images": 500.0, "sample_every": 200, "checkpoint_every": 1_000}
 
 
@@ -142,7 +163,7 @@ def _kind(field):
 
 
 def _lenient(kind):
-    """A converter that hands on what it cannot read, so that Config.faults reports it with all the others."""
+    """Converts, or returns the text unchanged for Config.faults to report."""
     def convert(text):
         try:
             return kind(text)
@@ -169,8 +190,8 @@ def add_options(parser, settings):
 
 def source_and_options(parser, settings, arguments=None):
     """Returns the argument "source" of a command line and the others as settings; prints all faults and exits with 2."""
-    given = vars(parser.parse_args(arguments))
-    source, options = given.pop("source"), settings(**given)
+    values = vars(parser.parse_args(arguments))
+    source, options = values.pop("source"), settings(**values)
     if faults := options.faults():
         parser.exit(2, "\n".join(faults) + "\n")
     return source, options
@@ -178,22 +199,22 @@ def source_and_options(parser, settings, arguments=None):
 
 def parser():
     """Returns the argparse parser of training.py."""
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="training.py", usage="training.py (--data DIR | --demo) [options]", allow_abbrev=False,
         description="Train a VAE with a CNNParamTanh layer as the generator of a WGAN-GP, on a folder of images. "
                     "Running the same command again continues the run.")
-    add_options(made, Config)
-    return made
+    add_options(parser, Config)
+    return parser
 
 
 def from_command_line(arguments=None):
     """Returns the Config of a command line (sys.argv where not given). Prints all faults and exits with 2 if it has any."""
-    made = parser()
-    given = made.parse_args(arguments)
-    if given.demo:
-        made.set_defaults(**DEMO)
-        given = made.parse_args(arguments)
-    config = Config(**vars(given))
+    command_line = parser()
+    values = command_line.parse_args(arguments)
+    if values.demo:
+        command_line.set_defaults(**DEMO)
+        values = command_line.parse_args(arguments)
+    config = Config(**vars(values))
     if faults := config.faults():
-        made.exit(2, "\n".join(faults) + "\n")
+        command_line.exit(2, "\n".join(faults) + "\n")
     return config

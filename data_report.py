@@ -1,52 +1,78 @@
-"""What is in a folder of images? For --check-data."""
+"""What is in a folder of images, and what may be wrong with it: for --check-data."""
 import pathlib
 from collections import Counter
 
-from image_data import EXTENSIONS
+from console import say
+from image_data import EXTENSIONS, check_readable, decode_folder
 
 LISTED = 20  # entries shown of a list that may be long
 
 
-def report(folder, size, found):
-    """Returns a text about a folder of images, by class, size and mode, with what may be wrong by name.
+def check_data(folder, size, *, cache_dir, skip_bad):
+    """Decodes every image of a folder and prints a report. Arguments as for image_data.load_images.
+
+    Raises:
+        DataError: as image_data.decode_folder; unreadable images, all of them by name.
+    """
+    files = decode_folder(folder, size, cache_dir=cache_dir)
+    say(report(folder, size, files))
+    bad = {facts.name: facts.fault for facts in files if facts.fault}
+    check_readable(folder, bad, len(files), skip_bad=skip_bad)
+    say_skipped(bad)
+
+
+def say_skipped(bad):
+    """Prints the files that are left out, a dict of names to reasons."""
+    if bad:
+        say("\n".join([f"warning: {len(bad)} files cannot be read and are left out:",
+                       *(f"  {name}: {reason}" for name, reason in bad.items())]))
+
+
+def report(folder, size, files):
+    """Returns a text about a folder of images, by class, size and mode, and the names of files that may be wrong.
 
     Args:
         folder: a resolved path.
         size: pixels, to which the images are resized for training.
-        found: the Facts of image_data.decode_folder.
+        files: the FileFacts of image_data.decode_folder.
     """
-    good = [facts for facts in found if not facts.fault]
+    good = [facts for facts in files if not facts.fault]
     first = {}
     for facts in good:
         first.setdefault(facts.digest, facts.name)
+    small = [f"{facts.name}: {facts.width} x {facts.height}" for facts in good if min(facts.width, facts.height) < size]
+    same = [f"{facts.name}: as {first[facts.digest]}" for facts in good if facts.name != first[facts.digest]]
     lines = [
-        f"{folder}: {len(found)} images, {len(found) - len(good)} of them cannot be read",
+        f"{folder}: {len(files)} images, {len(files) - len(good)} of them cannot be read",
         _counts("class", ((*pathlib.PurePath(facts.name).parts[:-1], "no class")[0] for facts in good)),
         _counts("width x height", (f"{facts.width} x {facts.height}" for facts in good)),
         _counts("mode", (facts.mode for facts in good)),
-        _counts("passed over, by kind", _other_files(folder)),
-        _names(f"smaller than {size} px, enlarged", (f"{facts.name}: {facts.width} x {facts.height}" for facts in good
-                                                     if min(facts.width, facts.height) < size)),
-        _names("the same picture as another", (f"{facts.name}: as {first[facts.digest]}" for facts in good
-                                               if facts.name != first[facts.digest])),
+        _counts("ignored files, by extension", _other_files(folder)),
+        _names(f"smaller than {size} px, enlarged", small),
+        _names("the same picture as another", same),
     ]
-    return "\n".join(filter(None, lines))
+    return "\n".join(line for line in lines if line)
 
 
 def _counts(title, values):
+    """A line with the number of times each value occurs, "" if there are none."""
     counts = Counter(values).most_common()
-    shown = ", ".join(f"{name} ({count})" for name, count in counts[:LISTED])
-    return counts and f"{title}: {shown}" + (f" and {len(counts) - LISTED} others" if len(counts) > LISTED else "")
+    if not counts:
+        return ""
+    more = f" and {len(counts) - LISTED} others" if len(counts) > LISTED else ""
+    return f"{title}: " + ", ".join(f"{name} ({count})" for name, count in counts[:LISTED]) + more
 
 
-def _names(title, lines):
-    lines = list(lines)
-    more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-    return lines and "\n  ".join([f"{title}: {len(lines)}", *lines[:LISTED], *more])
+def _names(title, names):
+    """The number of names and the first of them, a line each, "" if there are none."""
+    if not names:
+        return ""
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return "\n  ".join([f"{title}: {len(names)}", *names[:LISTED], *more])
 
 
 def _other_files(folder):
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden and path.suffix.lower() not in EXTENSIONS:
-            yield path.suffix.lower() or "no ending"
+            yield path.suffix.lower() or "no extension"

@@ -11,16 +11,22 @@ from tqdm import tqdm
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 SIZE = 64  # pixels
-FINE = 4  # drawn this many times larger, then reduced, for smooth edges
+SCALE = 4  # drawn this many times larger, then reduced, for smooth edges
 
 
 def draw_demo_images(folder, num_images=3_000, *, seed=0):
-    """Draws num_images PNG files in class folders below `folder`, unless it exists; returns the folder.
+    """Draws num_images PNG files in class folders below `folder`, unless they are there already; returns the folder.
 
-    The folder appears only when it is whole. The same seed draws the same pictures.
+    The folder appears under its name only when it is complete. The same seed draws the same pictures.
+
+    Raises:
+        FileExistsError: the folder holds other files than these.
     """
     folder = pathlib.Path(folder)
     if folder.exists():
+        names = {f"{SHAPES[index % len(SHAPES)]}/{index:05d}.png" for index in range(num_images)}
+        if names != {path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if not path.is_dir()}:
+            raise FileExistsError(f"{folder} holds other files than the demo draws: move it, or train on it with --data")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.", suffix=".tmp"))
@@ -33,7 +39,7 @@ def draw_demo_images(folder, num_images=3_000, *, seed=0):
         partial.chmod(0o755)  # mkdtemp's is for the owner alone
         partial.rename(folder)
     except OSError:
-        if not folder.exists():  # else somebody else was drawing the same and has finished first
+        if not folder.exists():  # otherwise another process was drawing the same and has finished first
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -42,7 +48,7 @@ def draw_demo_images(folder, num_images=3_000, *, seed=0):
 
 def draw_shape(shape, rng):
     """Returns one picture: a shape of some colour, size, place and angle, on a pale background of another colour."""
-    side = SIZE * FINE
+    side = SIZE * SCALE
     hue = rng.random()
     image = Image.new("RGB", (side, side), _colour(rng, hue, 0.15, 0.9))
     ink = _colour(rng, hue + rng.uniform(0.25, 0.75), 0.8, 0.85)

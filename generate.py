@@ -1,32 +1,28 @@
 """Pictures and clips from a trained generator: python generate.py runs/images --clip walk
 
-Image i of a seed is a function of the seed, i and the generator alone. With the seed of the run, the first 64 are those of
-its sample grids.
+Image i is a function of the seed, i and the generator alone. With the seed of the run, the first 64 images are those of its
+sample grids.
 """
 import argparse
 import dataclasses
-import importlib.util
 import math
 import pathlib
-import signal
 import sys
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback while nothing is written
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-import program
 from checkpointing import CheckpointError, export_generator, load_generator
-from config import DEVICES, Settings, add_options, option, source_and_options
-from image_data import DataError, decode_image
+from config import DEVICES, Settings, add_options, missing_package, option, option_name, source_and_options
+from console import print_error, program_output, say
+from devices import DeviceError, pick_device
+from image_data import DataError
+from latent_paths import decode_each, encode_photo, frames_of, morph, read_photo, walk
 from pictures import CLIP_FORMATS, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
 from randomness import latent_noise
 from synthetic_video import synthetic_video
 
-WALK_RADIUS = 0.3  # of the circle of a walk, in standard deviations of the latent space
 KINDS = ("clip", "animate", "morph", "alpha_maps", "timelapse", "export")  # instead of single images
 
 
@@ -38,7 +34,7 @@ class GenerateError(ValueError):
 class Options(Settings):
     """What generate.py can be told."""
 
-    num_images: int = option(16, "what", "images, or clips, or rows of alpha maps", metavar="N", least=1)
+    num_images: int = option(16, "what", "images, or clips, or rows of alpha maps", metavar="N", minimum=1)
     grid: bool = option(False, "what", "all of them in one picture, or in one clip")
     clip: str | None = option(None, "what", "walk: around each image through the latent space and back to it; synthetic: "
                                             "the synthetic video of each image", choices=("walk", "synthetic"))
@@ -49,11 +45,11 @@ class Options(Settings):
     export: str | None = option(None, "what", "write a checkpoint of the generator alone, small enough to hand on",
                                 metavar="FILE")
 
-    seed: int = option(0, "how", "of the images and walks", metavar="S", least=0)
-    frames: int = option(16, "how", "of a clip", metavar="T", least=2)
-    fps: int = option(8, "how", "frames per second", metavar="FPS", least=1, most=50)
+    seed: int = option(0, "how", "of the images and walks", metavar="S", minimum=0)
+    frames: int = option(16, "how", "of a clip", metavar="T", minimum=2)
+    fps: int = option(8, "how", "frames per second", metavar="FPS", minimum=1, maximum=50)
     size: int | None = option(None, "how", "enlarge images, or grids of a time lapse, to this width", metavar="PIXELS",
-                              least=1, most=4096)
+                              minimum=1, maximum=4096)
     enlarge: str = option("smooth", "how", "in what way", choices=("smooth", "nearest"))
     format: str = option("webp", "how", "of clips; mp4 needs the package av", choices=tuple(CLIP_FORMATS))
     out: str = option("generated", "how", "folder to write to", metavar="DIR")
@@ -61,63 +57,13 @@ class Options(Settings):
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
-        found = super().faults()
-        asked = ["--" + name.replace("_", "-") for name in KINDS if getattr(self, name) not in (None, False)]
+        faults = super().faults() + missing_package(self.format == "mp4", "--format mp4", "av", "av")
+        asked = [option_name(name) for name in KINDS if getattr(self, name) not in (None, False)]
         if len(asked) > 1:
-            found.append(f"{asked[0]}: one thing at a time, so it does not go with {', '.join(asked[1:])}")
+            faults.append(f"{asked[0]}: one thing at a time, so it does not go with {', '.join(asked[1:])}")
         elif self.grid and asked and asked[0] not in ("--clip", "--alpha-maps"):
-            found.append(f"--grid: does not go with {asked[0]}")
-        return found
-
-
-def walk(z, num_frames, *, seed=0, index=0):
-    """Returns latent vectors (T, Z) along a closed path, a circle through z: the first is z, the last is a step from it.
-
-    Args:
-        z: (1, Z).
-        num_frames: T.
-        seed, index: choose the circle.
-    """
-    aside = latent_noise(seed, (2 * index, 2 * index + 1), z.shape[1], purpose="walk").to(z)
-    angle = 2 * math.pi * torch.arange(num_frames, device=z.device)[:, None] / num_frames
-    return z + WALK_RADIUS * ((1 - angle.cos()) * aside[0] + angle.sin() * aside[1])
-
-
-def morph(z, other, num_frames):
-    """Returns latent vectors (T, Z) from z (1, Z) to another halfway through, and back, slowing down at both."""
-    angle = 2 * math.pi * torch.arange(num_frames, device=z.device)[:, None] / num_frames
-    return torch.lerp(z, other, (1 - angle.cos()) / 2)
-
-
-@torch.no_grad()
-def decode_each(vae, z):
-    """Yields what VAE.decode_parts makes of each row of z (N, Z): one at a time, so none depends on how many there are."""
-    for row in z.split(1):
-        yield vae.decode_parts(row)
-
-
-def frames_of(vae, z):
-    """Returns the images (T, C, H, W) of latent vectors (T, Z), on the CPU."""
-    decoded = tqdm(decode_each(vae, z), total=len(z), unit="frame", leave=False, disable=None if len(z) > 1 else True)
-    return torch.cat([part.images.cpu() for part in decoded])
-
-
-def read_photo(path, size):
-    """Returns a picture file as (1, C, size, size) in [0, 1], cropped to a square and resized.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return decode_image(pathlib.Path(path).expanduser(), size)[None] / 255
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-
-
-@torch.no_grad()
-def encode_photo(vae, path):
-    """Returns the mean latent vector (1, Z) of a picture file. Raises as read_photo."""
-    return vae.encode(read_photo(path, vae.image_shape[-1]).to(vae.mu.weight.device))[0]
+            faults.append(f"--grid: does not go with {asked[0]}")
+        return faults
 
 
 def time_lapse(run):
@@ -146,14 +92,14 @@ def generate(source, options):
         options: Options.
 
     Raises:
-        CheckpointError, DataError, GenerateError, PictureError, program.DeviceError, OSError: why not, in a line.
+        CheckpointError, DataError, GenerateError, PictureError, DeviceError, OSError: why not, in a line.
     """
     options.check()
     if options.export is not None:
-        return [export_generator(source, options.export, report=program.say)]
+        return [export_generator(source, options.export, report=say)]
     if options.timelapse:
         return [_save(time_lapse(source), "timelapse", options)]
-    vae = load_generator(source, report=program.say).to(program.pick_device(options.device))
+    vae = load_generator(source, report=say).to(pick_device(options.device))
     if options.animate is not None:
         frames = frames_of(vae, walk(encode_photo(vae, options.animate), options.frames, seed=options.seed))
         return [_save(frames, f"{_stem(options.animate)}-animated", options)]
@@ -181,7 +127,7 @@ def _stem(photo):
 
 
 def _frames(vae, index, options):
-    """What is shown of image number `index`: frames (T, C, H, W), one where no clip is wanted."""
+    """Returns the frames (T, C, H, W) of image number `index`, one frame where no clip is asked for."""
     z = latent_noise(options.seed, [index], vae.latent_dim).to(vae.mu.weight.device)
     if options.clip == "walk":
         return frames_of(vae, walk(z, options.frames, seed=options.seed, index=index))
@@ -216,26 +162,23 @@ def _save(frames, name, options):
 
 def parser():
     """Returns the argparse parser of generate.py."""
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="generate.py", usage="generate.py RUN_OR_CHECKPOINT [options]", allow_abbrev=False,
         description="Pictures and clips from a trained generator; without options, single images.")
-    made.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder of training.py, or a checkpoint")
-    add_options(made, Options)
-    return made
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run folder of training.py, or a checkpoint")
+    add_options(parser, Options)
+    return parser
 
 
 def main(arguments=None):
     source, options = source_and_options(parser(), Options, arguments)
-    with program.output():
-        if options.format == "mp4" and not importlib.util.find_spec("av"):
-            program.say("MP4 needs the package av (pip install av): WebP is written instead")
-            options = dataclasses.replace(options, format="webp")
+    with program_output():
         try:
             paths = generate(source, options)
-        except (CheckpointError, DataError, GenerateError, PictureError, program.DeviceError, OSError) as error:
-            program.complain(str(error))
+        except (CheckpointError, DataError, GenerateError, PictureError, DeviceError, OSError) as error:
+            print_error(str(error))
             return 2
-        program.say(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
+        say(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
         return 0
 
 

@@ -1,7 +1,7 @@
-"""A folder of images to checked, cached, ordered batches.
+"""Reads a folder of images and gives batches of them in a fixed order.
 
-Every image is decoded once, into a memory-mapped file of uint8 pixels; training only ever indexes that.
-uint8 exists only here, where pictures are written and where torch-fidelity asks for it.
+Every image is decoded once, into a memory-mapped file of uint8 pixels that training indexes: no DataLoader, no workers, and
+the order can be entered at any position. uint8 is used only here, where pictures are written and for torch-fidelity.
 """
 import contextlib
 import functools
@@ -21,10 +21,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from randomness import random_generator
-from safe_files import free_bytes, hold_folder, remove_leftovers, whole_file
+from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # whatever the extension claims
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # the only ones parsed, whatever the extension
 CACHE_VERSION = 2
 CHUNK = 512  # images decoded between two writes to the cache
 
@@ -34,16 +34,16 @@ class DataError(ValueError):
 
 
 class ImageSet(NamedTuple):
-    """The images of a folder, decoded."""
+    """Decoded images."""
 
-    images: torch.Tensor  # (M, C, H, W) uint8, memory-mapped: read it, do not write to it
-    folder: pathlib.Path
+    images: torch.Tensor  # (M, C, H, W) uint8; those of a folder are memory-mapped: read it, do not write to it
+    folder: pathlib.Path | str  # a name, where there is no folder
     class_counts: dict  # name of the first folder below `folder` ("" for the folder itself) to number of images
     skipped: dict  # name of a file that cannot be read, below `folder`, to the reason
 
 
-class Facts(NamedTuple):
-    """What was found out about a file by decoding it; of one that cannot be read only `name` and `fault`."""
+class FileFacts(NamedTuple):
+    """What decoding a file has shown; of a file that cannot be read only `name` and `fault`."""
 
     name: str  # below the folder
     fault: str | None = None
@@ -54,7 +54,7 @@ class Facts(NamedTuple):
 
 
 def find_images(folder):
-    """Returns the paths of all images below a folder, sorted: class folders as ImageFolder has them, or a flat folder.
+    """Returns the paths of all images below a folder, sorted: class folders as for ImageFolder, or a flat folder.
 
     Raises:
         DataError: no such folder, or no images in it.
@@ -70,7 +70,7 @@ def find_images(folder):
 
 
 def _walk(folder):
-    """As ImageFolder walks, but past what file managers leave behind, and into a folder once: links may go round."""
+    """Walks like ImageFolder, without hidden and thumbnail folders, and into each folder once (links can form a cycle)."""
     def fail(error):
         raise DataError(f"{error.filename}: {error.strerror}")
 
@@ -96,13 +96,13 @@ def decode_image(path, size):
     Raises:
         DataError: the file is no picture, or a broken one; the message says why, in one line.
     """
-    return _decode(path, size)[0]
+    return decode_with_facts(path, size)[0]
 
 
-def _decode(path, size):
-    """decode_image, and the width, height and mode of the file."""
+def decode_with_facts(path, size):
+    """Returns decode_image, and the width, height and mode of the file."""
     if not path.is_file():
-        raise DataError("not a file" if path.exists() else "a link to nowhere" if path.is_symlink() else "no such file")
+        raise DataError("not a file" if path.exists() else "a broken link" if path.is_symlink() else "no such file")
     try:
         with Image.open(path, formats=PILLOW_FORMATS) as image:
             facts = image.width, image.height, image.mode
@@ -116,7 +116,8 @@ def _decode(path, size):
 
 def _to_rgb(image):
     if image.mode.startswith(("I", "F")):
-        # Files do not say what white is: the smallest usual scale that holds the brightest sample, with some headroom.
+        # The file does not say which value is white. Take the smallest of 1 (float only), 255 and 65535 that is at least 0.8
+        # times the brightest sample.
         brightest = 65535 if image.mode.startswith("I;16") else image.getextrema()[1]
         scales = (1, 255, 65535) if image.mode == "F" else (255, 65535)
         full = next((scale for scale in scales if brightest <= 1.25 * scale), brightest)
@@ -130,8 +131,8 @@ def _to_rgb(image):
 def load_images(folder, size, *, cache_dir, skip_bad=False):
     """Returns the ImageSet of a folder, from the cache, which is built first where there is none.
 
-    The cache is keyed by the names, sizes and times of the files and by the image size: a changed folder is read again.
-    It appears under its name only when it is whole. Of runs that start together one builds it, and the others wait.
+    The cache is keyed by the names, sizes and times of the files and by the image size: a changed folder is decoded again.
+    It is written atomically. Of runs that start together one builds it, and the others wait.
 
     Args:
         folder: as for find_images.
@@ -159,7 +160,7 @@ def load_images(folder, size, *, cache_dir, skip_bad=False):
 
 
 def decode_folder(folder, size, *, cache_dir):
-    """Decodes every image of a folder, keeps them as the cache, and returns the Facts of each; as load_images otherwise."""
+    """Decodes every image of a folder into the cache and returns the FileFacts of each. Arguments as for load_images."""
     folder, paths, cache = _find_cache(folder, size, cache_dir)
     with _cache_held(cache):
         return _build_cache(cache, folder, paths, size)
@@ -168,7 +169,7 @@ def decode_folder(folder, size, *, cache_dir):
 def check_readable(folder, bad, num_files, *, skip_bad):
     """Raises DataError with all names and reasons in `bad`, if there are any; with skip_bad, only if no image is left."""
     if bad and (not skip_bad or len(bad) == num_files):
-        choice = "mend or remove them" + ("" if len(bad) == num_files else ", or go on without them (--skip-bad)")
+        choice = "repair or remove them" + ("" if len(bad) == num_files else ", or go on without them (--skip-bad)")
         raise DataError("\n".join([f"{len(bad)} of {num_files} images in {folder} cannot be read; {choice}:",
                                    *(f"  {name}: {reason}" for name, reason in bad.items())]))
 
@@ -213,15 +214,16 @@ def _size_and_time(path):
 def _cache_held(cache):
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with hold_folder(cache.parent, busy=lambda: tqdm.write(f"waiting for another process that fills {cache.parent}")):
-            remove_leftovers(cache.parent, "*px-*")
+        waiting = f"waiting: another process is decoding images into {cache.parent}"
+        with lock_folder(cache.parent, busy=lambda: tqdm.write(waiting)):
+            remove_temporary_files(cache.parent, "*px-*")
             yield
     except OSError as error:
         raise DataError(f"--cache-dir: {error}") from None
 
 
 def _build_cache(cache, folder, paths, size):
-    """Decodes all files into the cache; returns the Facts of each."""
+    """Decodes all files into the cache; returns the FileFacts of each."""
     needed = len(paths) * 3 * size * size
     if needed > free_bytes(cache.parent):
         raise DataError(f"the cache of {len(paths)} images at {size} px needs {needed:,} bytes in {cache.parent}, "
@@ -230,33 +232,38 @@ def _build_cache(cache, folder, paths, size):
     def read(path):
         name = _name(path, folder)
         try:
-            pixels, *facts = _decode(path, size)
+            pixels, *facts = decode_with_facts(path, size)
         except DataError as error:
-            return Facts(name, str(error)), b""
+            return FileFacts(name, str(error)), b""
         pixels = pixels.numpy().tobytes()
-        return Facts(name, None, *facts, hashlib.blake2b(pixels, digest_size=16).digest()), pixels
+        return FileFacts(name, None, *facts, hashlib.blake2b(pixels, digest_size=16).digest()), pixels
 
-    found = []
-    with (whole_file(cache, bytes_needed=needed) as file, ThreadPoolExecutor(os.cpu_count()) as pool,
+    files = []
+    with (atomic_write(cache, bytes_needed=needed) as file, ThreadPoolExecutor(_num_cpus()) as pool,
           warnings.catch_warnings(), tqdm(total=len(paths), desc="decoding", unit="image", disable=None) as progress):
-        warnings.simplefilter("ignore")  # Pillow's remarks on single files; what cannot be read is told by its Facts
+        warnings.simplefilter("ignore")  # Pillow warns about single files; those that cannot be read are named in FileFacts
         for start in range(0, len(paths), CHUNK):
             for facts, pixels in pool.map(read, paths[start:start + CHUNK]):
-                found.append(facts)
+                files.append(facts)
                 file.write(pixels)
                 progress.update()
-    with whole_file(cache.with_suffix(".json")) as file:
-        file.write(json.dumps({facts.name: facts.fault for facts in found if facts.fault}).encode())
-    return found
+    with atomic_write(cache.with_suffix(".json")) as file:
+        file.write(json.dumps({facts.name: facts.fault for facts in files if facts.fault}).encode())
+    return files
+
+
+def _num_cpus():
+    """Returns the number of CPUs that this process may use, in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def batch_indices(num_images, position, batch_size, *, seed):
-    """Returns the images (batch_size,) int64 at a position of the endless order: one permutation per epoch, end to end.
+    """Returns the indices (batch_size,) int64 of the next images: one permutation per epoch, joined end to end.
 
     Args:
         num_images: M.
-        position: how many images came before, from 0.
-        seed: the order is a function of (seed, epoch), so it can be entered anywhere.
+        position: the number of images before, from 0.
+        seed: the order is a function of (seed, epoch), so any position can be entered directly.
     """
     parts = []
     while batch_size > 0:
@@ -272,21 +279,44 @@ def _epoch_order(num_images, seed, epoch):
     return torch.randperm(num_images, generator=random_generator(seed, "order", epoch))
 
 
-def take(images, indices, device):
-    """Returns the chosen ones of uint8 images as float32 in [0, 1] on a device."""
+def as_float_images(images, indices, device):
+    """Returns images[indices] of uint8 images as float32 in [0, 1] on a device."""
     return to_device(images.index_select(0, to_device(indices, images.device)), device).float().div_(255)
 
 
-def pick(images, count):
-    """Returns `count` of uint8 images, or all where there are fewer, picked evenly, as float32 in [0, 1] on the CPU."""
-    return take(images, torch.linspace(0, len(images) - 1, min(count, len(images))).long(), torch.device("cpu"))
+def evenly_spaced(images, count):
+    """Returns `count` evenly spaced ones of uint8 images, or all where there are fewer, as float32 in [0, 1] on the CPU."""
+    return as_float_images(images, torch.linspace(0, len(images) - 1, min(count, len(images))).long(), torch.device("cpu"))
 
 
 def to_device(tensor, device):
-    """Returns the tensor on a device; to a GPU through pinned memory, so that nothing waits for the copy."""
+    """Returns the tensor on a device. It is copied to a GPU from pinned memory, so that the CPU does not wait."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def as_image_set(data, name):
+    """Returns an ImageSet of images that are there already, and a text that differs for other images.
+
+    Args:
+        data: an ImageSet, or uint8 images (M, C, H, W) with C = 3 and H = W, as a tensor or a NumPy array.
+        name: what to call them.
+
+    Raises:
+        DataError: images of another type or shape.
+    """
+    images = torch.as_tensor(data.images if isinstance(data, ImageSet) else data)
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        advice = "; images.permute(0, 3, 1, 2) moves the channels" if images.dim() == 4 and images.shape[3] == 3 else ""
+        raise DataError(f"data: expected uint8 images (M, 3, H, W), H = W, got {images.dtype} {tuple(images.shape)}{advice}")
+    if not len(images):
+        raise DataError("data: there are no images in it")
+    digest = hashlib.blake2b(repr(tuple(images.shape)).encode(), digest_size=8)
+    for part in images.split(CHUNK):
+        digest.update(part.cpu().contiguous().numpy())
+    data = data._replace(images=images) if isinstance(data, ImageSet) else ImageSet(images, name, {"": len(images)}, {})
+    return data, f"{name} ({digest.hexdigest()})"
 
 
 def to_device_where_it_fits(images, device):

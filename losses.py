@@ -1,7 +1,7 @@
 """The losses: Wasserstein distance with gradient penalty for the critic, and the terms of the VAE.
 
-Pure functions of tensors; each returns one scalar and says what it sums and what it averages.
-Notation as in model_definitions.py.
+Each function returns one scalar and says what it sums and what it averages. Training calls these functions and no copies of
+them: a change here changes training. Notation as in model_definitions.py.
 """
 import math
 
@@ -22,19 +22,19 @@ def generator_loss(fake_scores):
     return -fake_scores.mean()
 
 
-def gradient_penalty(critic, real, fake, *, mixing=None):
+def gradient_penalty(critic, real, fake, *, mixing=None, input_gradient=None):
     """Returns the mean over samples of (||gradient of the score||_2 - 1)^2, at points between real and fake images.
 
-    Each sample is judged on its own: one mixing weight per sample, the norm over all of its C, H and W. The gradient is
-    taken in the precision of the critic, the norm in at least float32. Where the gradient is zero the penalty is 1, and
-    its own gradient 0, not NaN: torch's vector norm has a defined slope there, a square root of a sum has none.
+    There is one mixing weight per sample, and the norm is over all of its C, H and W. The gradient is taken in the precision
+    of the critic, the norm in at least float32. Where the gradient is zero the penalty is 1 and its own gradient 0, not NaN:
+    torch.linalg.vector_norm has a defined gradient there, the square root of a sum has not.
 
     Args:
-        critic: maps (N, C, H, W) to scores (N,). Where it has a method input_gradient, as Discriminator does, that has to
-            give the gradient of what it computes when called, differentiable with respect to its parameters; where it has
-            none, autograd does.
+        critic: maps (N, C, H, W) to scores (N,).
         real, fake: (N, C, H, W).
         mixing: (N, 1, 1, 1) in [0, 1], the share of the real image; drawn uniformly where not given.
+        input_gradient: optionally, a faster function than autograd from images (N, C, H, W) to the gradient of each score
+            with respect to its image, differentiable with respect to the critic's parameters. See fast_paths.py.
 
     Returns:
         A scalar, unweighted, differentiable with respect to the critic's parameters.
@@ -49,20 +49,30 @@ def gradient_penalty(critic, real, fake, *, mixing=None):
     if mixing.shape != (len(real), 1, 1, 1):
         raise ValueError(f"expected mixing weights of shape ({len(real)}, 1, 1, 1), got {tuple(mixing.shape)}")
     between = torch.lerp(fake.detach(), real.detach(), mixing.to(real.dtype))
-    if hasattr(critic, "input_gradient"):
-        gradient = critic.input_gradient(between)
+    if input_gradient:
+        gradient = input_gradient(between)
     else:
         between.requires_grad_()
-        # The scores are summed so that one call gives every sample's gradient: no score depends on another sample.
+        # One call gives the gradient of every sample, because no score depends on another sample.
         (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return (torch.linalg.vector_norm(gradient.flatten(1), dim=1) - 1).square().mean()
 
 
-def combined_wasserstein_loss(critic, real, fake, *, weight=10.0, mixing=None):
-    """Returns critic_loss + weight * gradient_penalty, what the critic minimises. Arguments as in gradient_penalty."""
+def combined_wasserstein_loss(critic, real, fake, *, weight=10.0, mixing=None, input_gradient=None, metrics=None):
+    """Returns critic_loss + weight * gradient_penalty, which the critic minimises.
+
+    Args:
+        critic, real, fake, mixing, input_gradient: as in gradient_penalty.
+        weight: of the gradient penalty.
+        metrics: a dict to which the two terms are added for the log, as "wasserstein_distance" and "gradient_penalty".
+    """
     real_scores, fake_scores = critic(torch.cat([real, fake.detach()])).split([len(real), len(fake)])
-    return critic_loss(real_scores, fake_scores) + weight * gradient_penalty(critic, real, fake, mixing=mixing)
+    difference = critic_loss(real_scores, fake_scores)
+    penalty = gradient_penalty(critic, real, fake, mixing=mixing, input_gradient=input_gradient)
+    if metrics is not None:
+        metrics |= {"wasserstein_distance": -difference, "gradient_penalty": penalty}
+    return difference + weight * penalty
 
 
 def kl_divergence(mu, logvar):
@@ -79,8 +89,8 @@ def kl_divergence(mu, logvar):
 def reconstruction_loss(reconstruction, images):
     """Returns the absolute differences, summed over C, H and W, divided by sqrt(C * H * W), averaged over N.
 
-    With this divisor the gradient with respect to one image has norm at most 1 / N, the same as that of a critic of slope
-    1 in generator_loss, at every image size: weights mean the same at 32 and at 256 px.
+    With this divisor the gradient with respect to one image has a norm of at most 1 / N at every image size, as that of
+    generator_loss with a critic of slope 1 has. So a weight means the same at 32 and at 256 px.
 
     Args:
         reconstruction, images: (N, C, H, W) in [0, 1].

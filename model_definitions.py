@@ -1,12 +1,13 @@
-"""The networks: the VAE that generates, the Discriminator that criticises, the CNN and the CNNParamTanh layer.
+"""The networks: the VAE (generator), the Discriminator (critic), the CNN that predicts alpha, and the CNNParamTanh layer.
 
 Notation, here and in every other file:
     N batch, T frames, C channels (3), H = W image size in pixels, Z latent size, G side of the grid of alpha.
 Images are float (N, C, H, W) in [0, 1]; videos are float (N, T, C, H, W) in [0, 1].
 
-No batch normalization anywhere: the gradient penalty is a property of each sample on its own.
+This file is plain PyTorch and can be changed freely: faster forms of these computations are in fast_paths.py and are used
+only where they give the same numbers. There is no batch normalization, because the gradient penalty treats each sample on
+its own.
 """
-import itertools
 import math
 from typing import NamedTuple
 
@@ -17,21 +18,21 @@ from torch.nn import functional as F
 from synthetic_video import interpolation_matrix, synthetic_video
 
 CHANNELS = 3
-IMAGE_SIZES = (32, 64, 128, 256)
-OUTPUT_LAYERS = ("cnn", "static", "none")
-SMALLEST_MAP = 4  # pixels a side where the encoder ends and the decoder starts: one unit there sees the whole image
+IMAGE_SIZES = (32, 64, 128, 256)  # the same as in config.py, which notebooks need not import; a test compares them
+OUTPUT_LAYERS = ("cnn", "static", "none")  # as above
+SMALLEST_MAP = 4  # height and width of the last encoder map and the first decoder map
 WIDEST = 8  # no layer has more than this many times base_channels
-INITIAL_ALPHA = 3.0  # tanh(3) = 0.995: white can be reached from the first step
+INITIAL_ALPHA = 3.0  # tanh(3) = 0.995, so the first images can already be nearly white
 CNN_FILTERS = 2
-CNN_MAP = 16  # pixels a side of what the CNN's Linear layer sees
-LOGVAR_RANGE = (-10.0, 6.0)  # standard deviations of 0.007 (the decoder sees no noise) to 20 (it sees nothing else)
+CNN_MAP = 16  # height and width of the map that the CNN's Linear layer takes
+LOGVAR_RANGE = (-10.0, 6.0)  # standard deviations from 0.007 (almost no noise) to 20 (almost only noise)
 
 
 class Decoded(NamedTuple):
     """What VAE.decode_parts returns; `video` and `alpha` are None where the output layer has none."""
 
-    before: torch.Tensor  # (N, C, H, W) in (0, 1), what the decoder drew
-    video: torch.Tensor | None  # (N, T, C, H, W), what the CNN saw
+    before: torch.Tensor  # (N, C, H, W) in (0, 1), the decoder's output
+    video: torch.Tensor | None  # (N, T, C, H, W), the CNN's input
     alpha: torch.Tensor | None  # (N, 1, H, W), positive
     images: torch.Tensor  # (N, C, H, W) in [0, 1], the output
 
@@ -39,17 +40,17 @@ class Decoded(NamedTuple):
 class AlphaMap(nn.Module):
     """Turns a coarse grid of unbounded numbers into a positive alpha for every pixel.
 
-    softplus(grid + offset), then linear interpolation; a grid of zeros gives `initial_alpha` everywhere.
+    Computes softplus(grid + offset) and enlarges it by linear interpolation. A grid of zeros gives INITIAL_ALPHA.
 
     Shape: (N, G, G) to (N, 1, H, W).
     """
 
-    def __init__(self, *, image_size, alpha_grid, initial_alpha):
+    def __init__(self, *, image_size, alpha_grid):
         super().__init__()
         _check_image_size(image_size)
         if not 1 <= alpha_grid <= image_size:
             raise ValueError(f"alpha_grid must be from 1 to image_size ({image_size}), got {alpha_grid}")
-        self.offset = math.log(math.expm1(initial_alpha))
+        self.offset = math.log(math.expm1(INITIAL_ALPHA))
         cells = (torch.arange(image_size) + 0.5) * alpha_grid / image_size - 0.5  # pixel centres, counted in cells
         self.register_buffer("enlarge", interpolation_matrix(cells, alpha_grid), persistent=False)
 
@@ -71,12 +72,11 @@ class CNN(nn.Module):
         image_size: H = W, one of 32, 64, 128, 256.
         num_frames: T; the convolution sees T * C channels, 48 by default.
         alpha_grid: G; the Linear layer predicts G x G values, which are enlarged to H x W. G = H: one for every pixel.
-        initial_alpha: where alpha starts, about the same for every image.
 
     Shape: (N, T * C, H, W) or (N, T, C, H, W) to (N, 1, H, W), positive.
     """
 
-    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16, initial_alpha=INITIAL_ALPHA):
+    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16):
         super().__init__()
         _check_image_size(image_size)
         self.input_shape = (num_frames * CHANNELS, image_size, image_size)
@@ -84,16 +84,16 @@ class CNN(nn.Module):
         self.conv = nn.Conv2d(num_frames * CHANNELS, CNN_FILTERS, 3, padding=1)
         self.pool = nn.MaxPool2d(image_size // CNN_MAP)
         self.linear = nn.Linear(CNN_FILTERS * CNN_MAP**2, alpha_grid**2)
-        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid, initial_alpha=initial_alpha)
+        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid)
         self.reset_parameters()
 
     def reset_parameters(self):
         nn.init.normal_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
-        # With two filters, independent starts are sometimes both dead; of w and -w one always fires.
+        # Two independent random filters can both be dead (ReLU 0 everywhere). Of w and -w, one is positive.
         with torch.no_grad():
             self.conv.weight[1] = -self.conv.weight[0]
-        # Near zero, so that alpha starts where it should; not zero, or no gradient would reach the convolution.
+        # Near zero, so that alpha starts at INITIAL_ALPHA. Not exactly zero: the convolution would get no gradient.
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
@@ -104,68 +104,47 @@ class CNN(nn.Module):
     def forward(self, video):
         features = video.flatten(1, 2) if video.dim() == 5 else video
         _check_shape("video", features, self.input_shape)
-        # Both layers are divided by the square root of their fan-in. An optimizer like Adam moves every weight alike, and
-        # the frames are alike too: undivided, one step would change all features, and so alpha, at once and by much.
-        features = self.pool(self._convolve(features)).relu().flatten(1)  # pooling first: same result, less work
+        # Outputs are divided by the square root of their fan-in. Adam moves all weights by the same amount and the channels
+        # of the video are nearly equal, so without this one step would change alpha a lot.
+        features = self.pool(self.conv(features)).relu().flatten(1)  # pooling before ReLU: same result, less work
         features = features / math.sqrt(9 * self.conv.in_channels)
         grid = self.linear(features) / math.sqrt(self.linear.in_features)
         return self.alpha_map(grid.unflatten(1, (self.alpha_grid, self.alpha_grid)))
-
-    def _convolve(self, features):
-        """Returns self.conv(features): one matrix product for the 9 taps of both filters, which are then shifted and summed.
-
-        Convolution routines are made for more than two filters; on a CPU this takes a third of their time.
-        """
-        taps = self.conv.weight.permute(2, 3, 0, 1).flatten(0, 2)
-        maps = torch.bmm(taps.expand(len(features), *taps.shape), features.flatten(2))
-        maps = maps.view(len(features), 9, CNN_FILTERS, *features.shape[2:])
-        shifts = itertools.product((1, 0, -1), repeat=2)
-        total = sum(F.pad(tap, (right, -right, down, -down))
-                    for tap, (down, right) in zip(_at_least_float32(maps).unbind(1), shifts, strict=True))
-        return (total + self.conv.bias.view(-1, 1, 1)).to(maps.dtype)
 
 
 class CNNParamTanh(nn.Module):
     """Returns tanh(alpha * images), with alpha predicted by a CNN from a synthetic video of the images.
 
-    With rescale=True the result is divided by tanh(alpha): black stays black and white stays white, alpha bends the tone
-    curve in between, and it starts at 1, near the identity, instead of at INITIAL_ALPHA.
-
-    Put it after any decoder whose output is in [0, 1]: nn.Sequential(decoder, CNNParamTanh(image_size=64)).
+    It goes after any decoder whose output is in [0, 1]: nn.Sequential(decoder, CNNParamTanh(image_size=64)).
 
     Shape: images (N, C, H, W), optionally video (N, T, C, H, W), to (N, C, H, W) in [0, 1].
     """
 
-    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16, rescale=False):
+    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16):
         super().__init__()
-        self.num_frames, self.rescale = num_frames, rescale
-        self.cnn = CNN(image_size=image_size, num_frames=num_frames, alpha_grid=alpha_grid,
-                       initial_alpha=1.0 if rescale else INITIAL_ALPHA)
+        self.num_frames = num_frames
+        self.cnn = CNN(image_size=image_size, num_frames=num_frames, alpha_grid=alpha_grid)
 
     def extra_repr(self):
         shape = _shape((CHANNELS, *self.cnn.input_shape[1:]))
-        return f"{shape} -> {shape}, num_frames={self.num_frames}, rescale={self.rescale}"
+        return f"{shape} -> {shape}, num_frames={self.num_frames}"
 
     def parts(self, images):
         """Returns (video, alpha, images after the layer)."""
-        # In the precision of the convolution that follows, which would round it anyway: a 16th of the work, done first.
+        # Cast once before the T frames are made, not T times after: the convolution rounds to this type anyway.
         device, dtype = images.device.type, self.cnn.conv.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         video = synthetic_video(images.to(dtype), self.num_frames)
         alpha = self.cnn(video)
-        return video, alpha, self.apply_alpha(images, alpha)
-
-    def apply_alpha(self, images, alpha):
-        bent = torch.tanh(alpha * images)
-        return bent / torch.tanh(alpha) if self.rescale else bent
+        return video, alpha, torch.tanh(alpha * images)
 
     def forward(self, images, video=None):
-        return self.parts(images)[-1] if video is None else self.apply_alpha(images, self.cnn(video))
+        return self.parts(images)[-1] if video is None else torch.tanh(self.cnn(video) * images)
 
 
 class StaticParamTanh(nn.Module):
-    """Returns tanh(alpha * images), with one learned G x G grid of alpha for all images: what CNNParamTanh is up against.
+    """Returns tanh(alpha * images), with one learned G x G grid of alpha for all images: the baseline for CNNParamTanh.
 
     Shape: (N, C, H, W) to (N, C, H, W) in [0, 1].
     """
@@ -173,8 +152,7 @@ class StaticParamTanh(nn.Module):
     def __init__(self, *, image_size=128, alpha_grid=16):
         super().__init__()
         self.grid = nn.Parameter(torch.zeros(1, alpha_grid, alpha_grid))
-        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid,
-                                  initial_alpha=INITIAL_ALPHA)
+        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid)
 
     def parts(self, images):
         """Returns (None, alpha, images after the layer)."""
@@ -226,7 +204,7 @@ class VAE(nn.Module):
     def reset_parameters(self):
         _initialise(self.encoder)
         _initialise(self.decoder)
-        # The first images are mid grey whatever the output layer, so that layers are compared from the same start.
+        # The first images are mid grey with every output layer, so that layers are compared from the same start.
         grey = 0.5 if self.output_layer is None else math.atanh(0.5) / INITIAL_ALPHA
         nn.init.constant_(self.decoder[-1].bias, math.log(grey / (1 - grey)))
 
@@ -252,7 +230,7 @@ class VAE(nn.Module):
     def decode_parts(self, z):
         """Returns Decoded (the image before the output layer, the synthetic video, alpha, the image) for z (N, Z)."""
         _check_shape("z", z, (self.latent_dim,))
-        # In half precision the sigmoid would have fewer levels near white than a screen.
+        # In half precision the sigmoid would have fewer levels near white than an 8-bit picture.
         before = torch.sigmoid(_at_least_float32(self.decoder(z.to(self.mu.weight.dtype))))
         if self.output_layer is None:
             return Decoded(before, None, None, before)
@@ -276,9 +254,9 @@ class VAE(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The critic of the WGAN-GP, symmetric with the encoder: its blocks, then a Linear layer to one number.
+    """The critic of the WGAN-GP: the same blocks as the encoder of the VAE, then a Linear layer to one unbounded score.
 
-    The score has no bound and no meaning of its own, only its differences count, so the Linear layer needs no bias.
+    Only differences between scores are used, so the Linear layer needs no bias.
 
     Args:
         image_size: H = W, one of 32, 64, 128, 256.
@@ -302,40 +280,13 @@ class Discriminator(nn.Module):
         _check_shape("images", images, self.image_shape)
         return _at_least_float32(self.score(self.blocks(2 * images - 1).flatten(1)).squeeze(1))
 
-    def input_gradient(self, images):
-        """Returns the gradient of each score with respect to its image, (N, C, H, W), for losses.gradient_penalty.
-
-        The score is piecewise linear in the image, so its gradient is what a pass backwards through the transposed layers
-        makes of the last weights, along the path that the maxima and the ReLUs have chosen. Written out as a forward
-        computation it can itself be differentiated with respect to the weights by an ordinary backward pass, which takes
-        half the time of a second backward through autograd, and gives the same numbers.
-        """
-        _check_shape("images", images, self.image_shape)
-        features, path = 2 * images - 1, []
-        plain = torch.autocast(images.device.type, enabled=False)  # autocast would unpool in float32
-        convolutions = [layer for layer in self.blocks if isinstance(layer, nn.Conv2d)]
-        with torch.no_grad():
-            for convolution in convolutions:
-                # Detached: autocast in torch 2.10 would keep the weights that it casts here, without gradient, for below.
-                maps = F.conv2d(features, convolution.weight.detach(), convolution.bias.detach(), padding=1)
-                pooled, indices = F.max_pool2d(maps, 2, return_indices=True)
-                features = pooled.relu()
-                with plain:
-                    path.append(F.max_unpool2d((pooled > 0).to(pooled.dtype), indices, 2))
-        gradient = self.score.weight.to(features.dtype).view(1, *features.shape[1:]).expand_as(features)
-        for convolution, passed in zip(reversed(convolutions), reversed(path), strict=True):
-            with plain:
-                gradient = F.interpolate(gradient, scale_factor=2) * passed
-            gradient = F.conv_transpose2d(gradient, convolution.weight, padding=1)
-        return 2 * gradient
-
     def probability(self, images):
-        """Returns sigmoid of the score, (N,) in [0, 1]: good for ranking images, not calibrated."""
+        """Returns the sigmoid of the score, (N,) in [0, 1]. It ranks images; it is not a calibrated probability."""
         return torch.sigmoid(self(images))
 
 
 def _widths(image_size, base_channels):
-    """Channels of the maps, from the largest to the smallest, one halving of the map between two of them."""
+    """Channels of the maps, from the largest map to the smallest; each is half as high and wide as the one before."""
     _check_image_size(image_size)
     if base_channels < 1:
         raise ValueError(f"base_channels must be at least 1, got {base_channels}")
@@ -344,7 +295,7 @@ def _widths(image_size, base_channels):
 
 
 def _downsampling_blocks(widths):
-    """Conv2d, MaxPool2d, ReLU for every width. Pooling and ReLU commute; pooling first leaves ReLU a quarter to do."""
+    """Conv2d, MaxPool2d, ReLU for every width. Pooling and ReLU commute; after pooling ReLU has a quarter of the work."""
     layers = []
     for narrow, wide in zip([CHANNELS, *widths], widths, strict=False):
         layers += [nn.Conv2d(narrow, wide, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
@@ -352,11 +303,11 @@ def _downsampling_blocks(widths):
 
 
 def _initialise(layers):
-    """He et al. 2015 (arXiv:1502.01852), with no boost where max pooling already raises the activations. Keeps both signal
-    and gradient at one scale through a net without norms.
+    """Initialises as He et al. 2015 (arXiv:1502.01852), so that activations and gradients keep their scale without norms.
 
-    A transposed convolution starts as linear interpolation followed by a random mixture of channels: 16 independent taps
-    would start with a chequerboard, which takes long to unlearn.
+    The usual factor of 2 is left out before max pooling, which already raises the activations. A transposed convolution
+    starts as linear interpolation followed by a random mixture of channels: with 16 independent random taps the first images
+    have a chequerboard pattern, which takes long to unlearn.
     """
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
@@ -393,5 +344,5 @@ def _check_shape(name, tensor, shape):
 
 
 def _shape(shape):
-    """As text, with the batch before it: (N, 3, 64, 64)."""
+    """Returns the shape as text, with the batch before it: (N, 3, 64, 64)."""
     return f"(N, {', '.join(map(str, shape))})"

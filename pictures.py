@@ -1,7 +1,8 @@
-"""Tensors to pictures and clips that a person can look at: PNG, WebP, GIF, MP4.
+"""Writes tensors as pictures and clips: PNG, WebP, GIF, MP4.
 
 Notation as in model_definitions.py. A picture is (C, H, W), the frames of a clip are (T, C, H, W), float in [0, 1].
 """
+import itertools
 import pathlib
 
 import torch
@@ -10,13 +11,13 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-from safe_files import whole_file
+from safe_files import atomic_write
 from synthetic_video import interpolation_matrix
 
 CLIP_FORMATS = {"webp": (1, 16_383), "gif": (1, 65_535), "mp4": (2, 16_384)}  # with the sides in pixels they can have
 HEAT = ((0.1, 0.1, 0.3), (0.3, 0.2, 0.7), (0.8, 0.3, 0.5), (1.0, 0.7, 0.3), (1.0, 1.0, 0.8))  # ever brighter
-LEAST_SPAN = 0.01  # of alpha over the colours: smaller differences are not shown
-SCALE_HEIGHT = 24  # pixels, of the bar below a heat map and the numbers below the bar
+MINIMUM_SPAN = 0.01  # of alpha from the first to the last colour, so that rounding errors are not shown as a pattern
+SCALE_HEIGHT = 24  # pixels, of the colour bar below the heat maps with its numbers
 
 
 class PictureError(ValueError):
@@ -29,7 +30,7 @@ def grid(images, *, columns):
 
 
 def enlarge(images, size, *, smooth):
-    """Returns images (N, C, H, W) with their width changed to `size`: with soft edges, or pixel by pixel."""
+    """Returns images (N, C, H, W) with their width changed to `size`: bicubic if smooth, else each pixel repeated."""
     if size == images.shape[-1]:
         return images
     to = (round(images.shape[-2] * size / images.shape[-1]), size)
@@ -39,7 +40,7 @@ def enlarge(images, size, *, smooth):
 
 
 def alpha_picture(before, alpha, after, *, columns):
-    """Returns a picture of what the output layer does: image before, alpha as a heat map, image after; a scale below.
+    """Returns a picture of the output layer's input, alpha as a heat map and output, side by side, with a colour bar below.
 
     Args:
         before, after: (N, C, H, W) in [0, 1].
@@ -47,7 +48,7 @@ def alpha_picture(before, alpha, after, *, columns):
         columns: how many of the N stand side by side.
     """
     low, high = (bound.item() for bound in alpha.aminmax())
-    heat = _heat((alpha - low) / max(high - low, LEAST_SPAN)).expand_as(before)
+    heat = _heat((alpha - low) / max(high - low, MINIMUM_SPAN)).expand_as(before)
     strips = grid(torch.stack([before, heat, after], dim=1).flatten(0, 1), columns=3 * columns)
     return torch.cat([strips, _scale(low, high, width=strips.shape[-1])], dim=1)
 
@@ -59,7 +60,7 @@ def _heat(values):
 
 
 def _scale(low, high, *, width):
-    """A bar (3, SCALE_HEIGHT, width) of the heat map's colours, with the numbers that its ends stand for."""
+    """A bar (3, SCALE_HEIGHT, width) of the heat map's colours, with the values of alpha at its ends."""
     image = to_pil_image(_heat(torch.linspace(0, 1, width).expand(1, 1, SCALE_HEIGHT, width))[0])
     draw, font = ImageDraw.Draw(image), ImageFont.load_default()
     draw.rectangle((0, SCALE_HEIGHT // 2, width, SCALE_HEIGHT), fill="white")
@@ -70,7 +71,7 @@ def _scale(low, high, *, width):
 
 def save_picture(picture, path):
     """Writes a picture as PNG."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         to_pil(picture).save(file, format="PNG")
 
 
@@ -87,20 +88,24 @@ def save_clip(frames, path, *, frames_per_second):
                            f"{most}; change --size or --num-images")
     if path.suffix == ".mp4":
         return _save_mp4(frames, path, frames_per_second)
+    # Frame i ends where it should, rounded, so that durations do not add up to another speed.
+    tick = 10 if path.suffix == ".gif" else 1  # milliseconds: the unit of a duration in that format
+    ends = [tick * round(1000 * index / frames_per_second / tick) for index in range(len(frames) + 1)]
+    durations = [end - start for start, end in itertools.pairwise(ends)]
     first, *others = map(to_pil, frames)
     quality = {"quality": 90} if path.suffix == ".webp" else {}
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         first.save(file, format=path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
-                   duration=round(1000 / frames_per_second), **quality)
+                   duration=durations, **quality)
     return None
 
 
 def _save_mp4(frames, path, frames_per_second):
-    """H.264 in the colours that every player knows, which come in blocks of 2 x 2 pixels."""
+    """Writes H.264 with yuv420p colours, which every player knows; they need an even height and width."""
     import av  # an optional package
 
     height, width = (side - side % 2 for side in frames.shape[-2:])
-    with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
+    with atomic_write(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=frames_per_second)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "16"}

@@ -1,4 +1,4 @@
-"""Files that a crash cannot tear, and folders that one process at a time writes to."""
+"""Atomic writes and folder locks."""
 import contextlib
 import os
 import pathlib
@@ -8,8 +8,8 @@ from filelock import FileLock, Timeout
 
 
 @contextlib.contextmanager
-def whole_file(path, *, bytes_needed=None):
-    """Gives a file to write bytes to, which appears at `path` once all of it is on the disk, or not at all.
+def atomic_write(path, *, bytes_needed=None):
+    """Opens a temporary file to write bytes to. On success it is fsynced and renamed to `path`; on an error it is removed.
 
     Raises:
         OSError: it could not be written: which file, why, and how much room there is.
@@ -24,7 +24,7 @@ def whole_file(path, *, bytes_needed=None):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer turns what the system says into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
         raise _not_written(path, error, bytes_needed) from error
     finally:
         with contextlib.suppress(OSError):
@@ -35,7 +35,7 @@ def append_line(path, text):
     """Appends a line of text to a file.
 
     Raises:
-        OSError: as whole_file.
+        OSError: as atomic_write.
     """
     try:
         with open(path, "a") as file:
@@ -50,18 +50,18 @@ def _not_written(path, error, bytes_needed=None):
     return OSError(f"{path} could not be written: {needed}{free_bytes(path):,} bytes are free there ({reason})")
 
 
-def remove_leftovers(folder, pattern="*"):
-    """Removes what processes that were killed have left of files half written in a folder, which hold_folder must hold."""
-    for leftover in pathlib.Path(folder).glob(f".{pattern}.tmp"):
-        leftover.unlink()
+def remove_temporary_files(folder, pattern="*"):
+    """Removes the temporary files of killed processes from a folder, which must be locked by lock_folder."""
+    for path in pathlib.Path(folder).glob(f".{pattern}.tmp"):
+        path.unlink()
 
 
 @contextlib.contextmanager
-def hold_folder(folder, *, busy):
-    """Within this context no other process is within it for the same folder; when a process dies its hold ends.
+def lock_folder(folder, *, busy):
+    """Locks the folder (folder/.lock). The system releases the lock of a process that dies.
 
     Args:
-        busy: called if another process holds the folder; where it does not raise, that process is waited for.
+        busy: called if another process has the lock; unless it raises, that process is waited for.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -78,7 +78,7 @@ def hold_folder(folder, *, busy):
 
 
 def free_bytes(path):
-    """Returns the room on the disk where a path is, or would be."""
+    """Returns the bytes free on the disk where a path is, or would be."""
     path = pathlib.Path(path).absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
 

@@ -7,6 +7,7 @@ is busy for a while slows both, and the ratio stays.
 """
 import argparse
 import copy
+import functools
 import itertools
 import json
 import os
@@ -28,9 +29,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import training
 from config import Config
 from demo_images import draw_demo_images
-from image_data import batch_indices, load_images, take
+from devices import keep_freed_memory, pick_precision
+from fast_paths import convolve_as_matrix_product, written_out_gradient
+from image_data import as_float_images, batch_indices, load_images, to_device_where_it_fits
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
+from wgan_gp import GAN
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -66,19 +70,20 @@ def plain_loop(config, measures):
         order = [start + layer for start in range(0, len(critic.blocks), 3) for layer in (0, 2, 1)]
         generator.encoder, critic.blocks = (nn.Sequential(*(blocks[index] for index in order))
                                             for blocks in (generator.encoder, critic.blocks))
-    if "layer" not in measures:
-        generator.output_layer.cnn._convolve = generator.output_layer.cnn.conv.forward
+    if "layer" in measures:
+        conv = generator.output_layer.cnn.conv
+        conv.forward = functools.partial(convolve_as_matrix_product, conv)
     if "channels_last" in measures:
         for convolutions in (generator.encoder, generator.decoder, critic):
             convolutions.to(memory_format=torch.channels_last)
     if "memory" in measures:
-        training._keep_freed_memory()
+        keep_freed_memory()
     averaged = copy.deepcopy(generator).requires_grad_(False)
     critic_optimizer, generator_optimizer = (torch.optim.Adam(network.parameters(), lr=4e-4, betas=(0.0, 0.9),
                                                               fused="fused" in measures or None)
                                              for network in (critic, generator))
     autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled="bfloat16" in measures)
-    critic_of_penalty = critic if "penalty" in measures else critic.forward  # which has no input_gradient of its own
+    input_gradient = functools.partial(written_out_gradient, critic) if "penalty" in measures else None
     batches = _cached_batches(config) if "cache" in measures else _loaded_batches(config)
     n = config.batch_size
     for real in batches:
@@ -86,7 +91,8 @@ def plain_loop(config, measures):
             with torch.no_grad():
                 fake = generator.decode(torch.randn(n, config.latent_dim, device=DEVICE))
             scores = critic(torch.cat([real, fake])).chunk(2) if "joined" in measures else (critic(real), critic(fake))
-            loss = critic_loss(*scores) + config.gradient_penalty_weight * gradient_penalty(critic_of_penalty, real, fake)
+            penalty = gradient_penalty(critic, real, fake, input_gradient=input_gradient)
+            loss = critic_loss(*scores) + config.gradient_penalty_weight * penalty
         _descend(critic_optimizer, loss, read="joined" not in measures)
         critic.requires_grad_("joined" not in measures)  # commonly left on, so that gradients nobody uses are computed
         with autocast:
@@ -127,19 +133,7 @@ def _loaded_batches(config):
 def _cached_batches(config):
     images = load_images(config.data, config.image_size, cache_dir=config.cache_dir).images
     for position in itertools.count(0, config.batch_size):
-        yield take(images, batch_indices(len(images), position, config.batch_size, seed=0), DEVICE)
-
-
-class Paced(training.Interrupt):
-    """Is asked by the training loop after every step whether to leave; says no, and keeps the pace."""
-
-    def __init__(self, clock):
-        self.clock = clock
-        super().__init__()
-
-    def received_by_any(self):
-        next(self.clock)
-        return super().received_by_any()
+        yield as_float_images(images, batch_indices(len(images), position, config.batch_size, seed=0), DEVICE)
 
 
 def clock():
@@ -169,8 +163,7 @@ def floor(config, ticks):
     images; decoder and CNN, 3 F for noise and for reconstructions; critic, 2 F.
     """
     n = config.batch_size
-    precision = training._settle(config, None, DEVICE).precision
-    kind = {"bfloat16": torch.bfloat16, "float32": torch.float32}[precision]
+    kind = {"bfloat16": torch.bfloat16, "float32": torch.float32}[pick_precision(DEVICE)]
     vae = VAE(**config.model_arguments()).to(DEVICE)
     critic = Discriminator(image_size=config.image_size, base_channels=config.base_channels).to(DEVICE)
     work = {"critic": [], "encoder": [], "decoder": []}
@@ -294,18 +287,18 @@ def scale(setting):
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(number * 3 * size * size)
         images = torch.from_file(file.name, size=number * 3 * size * size, dtype=torch.uint8).view(number, 3, size, size)
-        training._keep_freed_memory()
-        config = training._settle(Config(data="simulated", image_size=size, batch_size=batch), None, DEVICE)
-        trainer = training.Trainer(config, DEVICE)
-        images = training.to_device_where_it_fits(images, DEVICE)
-        training._accelerate(trainer, images)
+        keep_freed_memory()
+        config = Config(data="simulated", image_size=size, batch_size=batch, precision=pick_precision(DEVICE))
+        gan = GAN(config, DEVICE)
+        images = to_device_where_it_fits(images, DEVICE)
+        training.use_fast_paths(gan, images)
         times = []
         for step in range(3 + ROUNDS):  # a file just written, or read once, is in memory; one full of holes is not
-            take(images, batch_indices(number, step * batch, batch, seed=0), DEVICE)
+            as_float_images(images, batch_indices(number, step * batch, batch, seed=0), DEVICE)
         for step in range(3 + ROUNDS):
             started = time.perf_counter()
             for _ in range(STEPS):
-                training._train_step(trainer, images, step, step * batch)
+                training.training_step(gan, images, step, step * batch)
             _synchronize()
             times.append((time.perf_counter() - started) / STEPS)
         memory = torch.cuda.max_memory_allocated() - images.is_cuda * images.nbytes if CUDA else _anonymous_memory()
@@ -329,7 +322,7 @@ def input_pipelines(config):
     speeds = []
     for name, make in ((f"DataLoader, ImageFolder, {WORKERS} workers", _loaded_batches), ("decoded once", _cached_batches)):
         if speeds:
-            training._keep_freed_memory()  # as training.py does
+            keep_freed_memory()  # as training.py does
         batches = make(config)
         for _ in range(epoch):
             next(batches)
@@ -353,8 +346,10 @@ def run_row(name, config):
     else:
         mode = name if name in ("off", "auto", "on") else "auto"
         config = Config(**{**vars(config), "compile": mode})
-        training._keep_freed_memory()
-        training.train(config, interrupt=training.Interrupt() if name == "follower" else Paced(clock()))
+        keep_freed_memory()
+        ticks = itertools.repeat(None) if name == "follower" else clock()
+        next(ticks)  # the start of the first step
+        training.train(config, after_step=lambda step, metrics: next(ticks))
 
 
 def main():

@@ -1,13 +1,13 @@
 import torch
 
-from augmentation import RANDOM_NUMBERS, augment
+from augmentation import NUM_AUGMENT_NUMBERS, augment
 
 NO_CHANGE = 0.5  # but the first number mirrors below a half
 
 
 def test_middle_numbers_change_nothing_and_the_first_mirrors():
     images = torch.rand(2, 3, 16, 16)
-    numbers = torch.full((2, RANDOM_NUMBERS), NO_CHANGE)
+    numbers = torch.full((2, NUM_AUGMENT_NUMBERS), NO_CHANGE)
     numbers[:, 0] = torch.tensor([0.5, 0.1])
     out = augment(images, numbers)
     assert torch.allclose(out[0], images[0], atol=1e-5)
@@ -16,7 +16,7 @@ def test_middle_numbers_change_nothing_and_the_first_mirrors():
 
 def test_the_same_numbers_give_the_same_transform_and_others_another():
     images = torch.rand(1, 3, 16, 16).expand(3, -1, -1, -1)
-    numbers = torch.rand(3, RANDOM_NUMBERS)
+    numbers = torch.rand(3, NUM_AUGMENT_NUMBERS)
     numbers[1] = numbers[0]
     out = augment(images, numbers)
     assert torch.equal(out[0], out[1])
@@ -32,5 +32,5 @@ def test_shift_moves_down_and_right_by_an_eighth_at_most():
 
 def test_gradient_reaches_the_image():
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    numbers = torch.rand(2, RANDOM_NUMBERS, dtype=torch.float64)
+    numbers = torch.rand(2, NUM_AUGMENT_NUMBERS, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: augment(x, numbers), images)

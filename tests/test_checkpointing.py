@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import torch
+from helpers import MODEL, STATE, Payload
 
 from checkpointing import (
     CheckpointError,
@@ -20,12 +21,6 @@ from checkpointing import (
     load_newest,
     save_checkpoint,
 )
-from model_definitions import VAE
-
-MODEL = {"image_size": 32, "latent_dim": 8, "base_channels": 2, "num_frames": 3, "output_layer": "cnn", "alpha_grid": 4}
-STATE = {"images_seen": 0, "elapsed_seconds": 0.0, "num_images": 1, "config": {"seed": 0}, "model_arguments": MODEL,
-         "pending_metrics": {"loss": torch.tensor([1.5])}, "generator": {"a": torch.arange(6.0)},
-         "averaged": VAE(**MODEL).state_dict(), "critic": {}, "generator_optimizer": {}, "critic_optimizer": {}}
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -43,11 +38,6 @@ def test_only_the_newest_are_kept_in_order_of_steps(tmp_path):
     assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [5, 99, 100, 10_000_000]
     save_checkpoint(tmp_path, 10_000_001, STATE, keep=2)
     assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [10_000_000, 10_000_001]
-
-
-class Payload:
-    def __reduce__(self):
-        return os.mkdir, ("run-by-loading",)
 
 
 def test_checkpoints_that_cannot_be_read_do_not_push_out_the_one_just_saved(tmp_path):

@@ -1,7 +1,7 @@
 import pathlib
 
 import pytest
-from conftest import save_picture, tiny_arguments
+from helpers import save_picture, tiny_arguments
 
 import training
 from image_data import load_images
@@ -29,7 +29,7 @@ def test_the_report_says_what_is_there_and_what_may_be_wrong(folder, capfd):
         "class: cats (3), dogs (3)",
         "width x height: 50 x 40 (3), 80 x 64 (1), 33 x 32 (1), 20 x 50 (1)",
         "mode: RGB (5), L (1)",
-        "passed over, by kind: .heic (1), no ending (1)",
+        "ignored files, by extension: .heic (1), no extension (1)",
         "smaller than 32 px, enlarged: 1",
         "  dogs/small.jpg: 20 x 50",
         "the same picture as another: 1",
@@ -44,7 +44,7 @@ def test_what_the_check_has_read_is_the_cache(folder, monkeypatch, capfd):
     assert training.main(["--data", str(folder), *tiny_arguments(), "--check-data", "--skip-bad"]) == 0
     said = capfd.readouterr().out
     assert "warning: 1 files cannot be read and are left out:\n  dogs/page.png: " in said
-    monkeypatch.setattr("image_data._decode", None)
+    monkeypatch.setattr("image_data.decode_with_facts", None)
     assert len(load_images(folder, 32, cache_dir="cache", skip_bad=True).images) == 6
     assert training.main(["--data", str(folder), *tiny_arguments(steps=1), "--skip-bad"]) == 0
     assert "6 images in 2 classes" in capfd.readouterr().out

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import save_picture
-from test_checkpointing import MODEL, STATE, Payload
+from helpers import MODEL, STATE, Payload, save_picture
 
 import evaluate
 from checkpointing import load_generator, save_checkpoint

@@ -14,14 +14,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, Child, save_picture, tiny_arguments, wait_until
+from helpers import ROOT, Child, assert_same, metrics, newest, save_picture, tiny_arguments, wait_until
 from PIL import Image
-from test_training import assert_same, metrics, newest
 
+import run_log
 import training
 from checkpointing import list_checkpoints, load_newest
 from image_data import DataError, decode_image, load_images
-from run_folder import RunFolderError
+from resuming import RunFolderError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 RUN = pathlib.Path("runs/images")
@@ -171,9 +171,12 @@ def test_death_in_the_middle_of_a_save_leaves_the_checkpoint_before_and_the_run_
     child = Child("--data", image_folder, *tiny_arguments(steps=9, log_every=1, checkpoint_every=2, keep_checkpoints=1),
                   first=functools.partial(in_the_middle_of_a_save, *numbers, step=4))
     assert child.wait() == status
-    torn, whole = sorted(os.listdir(RUN / "checkpoints"))
-    assert re.fullmatch(r"\.step_0000004\.pt\.\d+\.tmp", torn)
+    *torn, whole = sorted(os.listdir(RUN / "checkpoints"))
+    assert len(torn) == (status == -signal.SIGKILL)
+    assert all(re.fullmatch(r"\.step_0000004\.pt\.\d+\.tmp", name) for name in torn)
     assert whole == "step_0000002.pt"
+    if not torn:
+        assert child.err.read_text() == "stopped at once; the newest checkpoint is from before\n"
     with open(RUN / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "ima')  # as a crash may leave it
     assert_goes_on_exactly(train_tiny, 6)
@@ -204,7 +207,7 @@ def test_a_disk_that_fills_up_is_named_and_leaves_the_checkpoint_before(image_fo
     try:
         settings = {"out": "disk/run", "cache_dir": "disk/cache", "keep_checkpoints": 1}
         train_tiny(steps=2, **settings)
-        real = training.save_checkpoint
+        real = run_log.save_checkpoint
 
         def fill_up(*arguments, **keywords):
             with contextlib.suppress(OSError), open("disk/filler", "wb") as filler:
@@ -212,7 +215,7 @@ def test_a_disk_that_fills_up_is_named_and_leaves_the_checkpoint_before(image_fo
                     filler.write(b"x" * 1_000)
             real(*arguments, **keywords)
 
-        monkeypatch.setattr(training, "save_checkpoint", fill_up)
+        monkeypatch.setattr(run_log, "save_checkpoint", fill_up)
         with pytest.raises(OSError, match="step_0000004.pt could not be written: .* 0 bytes are free there"):
             train_tiny(steps=4, **settings)
         assert os.listdir("disk/run/checkpoints") == ["step_0000002.pt"]
@@ -294,7 +297,7 @@ def test_the_current_folder_can_be_the_run_folder(train_tiny, monkeypatch):
 
 
 def test_networks_that_do_not_fit_in_memory_are_refused(train_tiny):
-    with pytest.raises(training.TrainingError, match="networks of this size cannot be made here: "):
+    with pytest.raises(run_log.TrainingError, match="networks of this size cannot be made here: "):
         train_tiny(steps=1, latent_dim=10**14)
     assert not pathlib.Path("runs").exists()
 

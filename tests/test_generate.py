@@ -6,10 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import MODEL, ROOT, STATE, Payload, frames_in, read
 from PIL import Image
-from test_checkpointing import MODEL, STATE, Payload
-from test_pictures import frames_in, read
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -173,14 +171,16 @@ def test_a_time_lapse_shows_the_sample_grids_in_order(train_tiny):
     assert torch.equal(time_lapse(run)[-1], expected[-1])
 
 
-def test_mp4_is_written_where_av_is_installed_and_asked_for_where_not(checkpoint, monkeypatch, capfd):
+def test_mp4_is_written_where_av_is_installed_and_refused_where_not(checkpoint, monkeypatch, capfd):
     assert generate.main([str(checkpoint), "--num-images", "1", "--clip", "walk", "--format", "mp4"]) == 0
     assert clip("seed0-00000-walk.mp4").shape == (16, 3, 32, 32)
     monkeypatch.setitem(sys.modules, "av", None)
     capfd.readouterr()
-    assert generate.main([str(checkpoint), "--num-images", "1", "--clip", "walk", "--format", "mp4"]) == 0
-    assert capfd.readouterr().out.splitlines()[0] == "MP4 needs the package av (pip install av): WebP is written instead"
-    assert written() == ["seed0-00000-walk.mp4", "seed0-00000-walk.webp"]
+    with pytest.raises(SystemExit) as stopped:
+        generate.main([str(checkpoint), "--num-images", "1", "--clip", "walk", "--format", "mp4"])
+    assert stopped.value.code == 2
+    assert capfd.readouterr().err == "--format mp4: needs the package av: pip install av\n"
+    assert written() == ["seed0-00000-walk.mp4"]
 
 
 def test_an_exported_generator_is_the_same_and_says_nothing_of_its_maker(train_tiny, capfd):

@@ -7,12 +7,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from conftest import forking, save_picture
+from helpers import forking, save_picture
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import image_data
-from image_data import DataError, batch_indices, decode_image, find_images, load_images, take
+from image_data import DataError, as_float_images, batch_indices, decode_image, find_images, load_images
 
 MESSY = next(pathlib.Path(__file__).resolve().parents[2].glob("*/data/messy"), None)
 
@@ -127,11 +127,11 @@ def test_broken_files_are_all_named_with_the_reason(tmp_path):
         load_images(tmp_path / "set", 32, cache_dir=tmp_path / "cache")
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("7 of 8 images in")
-    assert lines[0].endswith("mend or remove them, or go on without them (--skip-bad):")
+    assert lines[0].endswith("repair or remove them, or go on without them (--skip-bad):")
     assert [line.split(":")[0].strip() for line in lines[1:]] == broken
     assert "image file" in lines[1]
     assert [line.split(": ")[1] for line in lines[2:]] == [
-        *2 * ["cannot identify image file"], "a link to nowhere", *2 * ["cannot identify image file"], "not a file"]
+        *2 * ["cannot identify image file"], "a broken link", *2 * ["cannot identify image file"], "not a file"]
 
 
 def test_broken_files_can_be_skipped_and_are_tried_again_where_they_are_not(tmp_path, monkeypatch):
@@ -144,12 +144,12 @@ def test_broken_files_can_be_skipped_and_are_tried_again_where_they_are_not(tmp_
     assert data.images.shape == (2, 3, 32, 32)
     assert data.images.amax(dim=(1, 2, 3)).tolist() == [255, 0]  # a.png, whole.png
     with monkeypatch.context() as patched:
-        patched.setattr(image_data, "_decode", None)
+        patched.setattr(image_data, "decode_with_facts", None)
         again = load_images(folder, 32, cache_dir=tmp_path / "cache", skip_bad=True)
     assert torch.equal(again.images, data.images)
     assert again.skipped == data.skipped
-    decode = image_data._decode
-    monkeypatch.setattr(image_data, "_decode", lambda path, size: decode(folder / "whole.png", size))  # as if mended
+    decode = image_data.decode_with_facts
+    monkeypatch.setattr(image_data, "decode_with_facts", lambda path, size: decode(folder / "whole.png", size))
     assert len(load_images(folder, 32, cache_dir=tmp_path / "cache").images) == 9
 
 
@@ -157,7 +157,7 @@ def test_a_folder_of_broken_files_alone_is_refused_also_where_they_may_be_skippe
     break_files(tmp_path / "set")
     (tmp_path / "set" / "whole.png").unlink()
     for _ in range(2):  # decoding, and from what is left of it
-        with pytest.raises(DataError, match="7 of 7 images in .*; mend or remove them:"):
+        with pytest.raises(DataError, match="7 of 7 images in .*; repair or remove them:"):
             load_images(tmp_path / "set", 32, cache_dir=tmp_path / "cache", skip_bad=True)
 
 
@@ -218,7 +218,7 @@ def test_images_are_decoded_once_and_then_read_from_the_cache(image_folder, tmp_
     assert sum(first.class_counts.values()) == 10
     for image, path in zip(first.images, find_images(image_folder), strict=True):
         assert torch.equal(image, decode_image(path, 32))
-    monkeypatch.setattr(image_data, "_decode", None)
+    monkeypatch.setattr(image_data, "decode_with_facts", None)
     assert torch.equal(load_images(image_folder, 32, cache_dir=tmp_path / "cache").images, first.images)
 
 
@@ -278,7 +278,7 @@ def test_an_epoch_is_ordered_once(monkeypatch):
 
 def test_what_is_taken_has_0_and_255_as_0_and_1():
     images = torch.tensor([0, 51, 255, 7], dtype=torch.uint8)
-    assert take(images, torch.tensor([2, 0, 1]), torch.device("cpu")).tolist() == pytest.approx([1, 0, 0.2])
+    assert as_float_images(images, torch.tensor([2, 0, 1]), torch.device("cpu")).tolist() == pytest.approx([1, 0, 0.2])
 
 
 @pytest.mark.skipif(MESSY is None, reason="needs a folder of awkward files beside the project")

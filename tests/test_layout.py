@@ -10,28 +10,35 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "config": set(),
     "randomness": {"torch"},
-    "program": {"torch", "tqdm"},
     "synthetic_video": {"torch"},
     "model_definitions": {"torch", "synthetic_video"},
     "losses": {"torch"},
     "augmentation": {"torch", "synthetic_video"},
     "safe_files": {"filelock"},
+    "devices": {"torch"},
+    "distributed": {"torch"},
+    "console": {"tqdm", "distributed"},
     "image_data": {"torch", "torchvision", "PIL", "tqdm", "randomness", "safe_files"},
-    "data_report": {"image_data"},
+    "data_report": {"console", "image_data"},
     "demo_images": {"PIL", "tqdm"},
     "pictures": {"torch", "torchvision", "PIL", "av", "safe_files", "synthetic_video"},
     "checkpointing": {"torch", "model_definitions", "safe_files"},
-    "run_folder": {"matplotlib", "checkpointing", "safe_files"},
-    "acceleration": {"torch", "parallel"},
-    "parallel": {"torch"},
-    "generate": {"torch", "PIL", "tqdm", "program", "checkpointing", "config", "image_data", "pictures", "randomness",
-                 "synthetic_video"},
-    "quality": {"torch", "torch_fidelity"},
-    "evaluate": {"torch", "tqdm", "program", "checkpointing", "config", "image_data", "quality", "randomness"},
-    "training": {"torch", "tqdm", "config", "program", "randomness", "synthetic_video", "model_definitions", "losses",
-                 "augmentation", "image_data", "data_report", "demo_images", "pictures", "checkpointing", "quality",
-                 "run_folder", "acceleration", "parallel"},
+    "image_metrics": {"torch", "torch_fidelity"},
+    "latent_paths": {"torch", "tqdm", "image_data", "randomness"},
+    "wgan_gp": {"torch", "augmentation", "checkpointing", "distributed", "losses", "model_definitions", "randomness"},
+    "fast_paths": {"torch", "distributed", "losses", "model_definitions", "randomness"},
+    "resuming": {"checkpointing", "config", "console", "devices", "distributed", "safe_files"},
+    "run_log": {"torch", "matplotlib", "tqdm", "checkpointing", "config", "console", "data_report", "distributed",
+                "image_data", "image_metrics", "pictures", "randomness", "resuming", "safe_files"},
+    "training": {"torch", "augmentation", "checkpointing", "config", "console", "data_report", "demo_images", "devices",
+                 "distributed", "fast_paths", "image_data", "randomness", "resuming", "run_log", "wgan_gp"},
+    "generate": {"torch", "PIL", "tqdm", "checkpointing", "config", "console", "devices", "image_data", "latent_paths",
+                 "pictures", "randomness", "synthetic_video"},
+    "evaluate": {"torch", "tqdm", "checkpointing", "config", "console", "devices", "image_data", "image_metrics",
+                 "randomness"},
 }
+FOR_NOTEBOOKS = ("model_definitions", "losses", "synthetic_video", "checkpointing", "latent_paths", "pictures",
+                 "demo_images")
 OPTIONAL = ("av", "matplotlib", "tensorboard", "torch_fidelity")
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
 
@@ -51,6 +58,32 @@ def test_the_table_knows_every_module():
 @pytest.mark.parametrize("module", MAY_IMPORT)
 def test_a_module_imports_only_what_its_place_allows(module):
     assert set(imported(ROOT / f"{module}.py")) - set(sys.stdlib_module_names) <= MAY_IMPORT[module]
+
+
+@pytest.mark.parametrize("module", FOR_NOTEBOOKS)
+def test_what_notebooks_import_needs_no_config(module):
+    """A notebook's own folder may hold another config.py."""
+    reached, new = set(), {module}
+    while new:
+        reached |= new
+        new = {name for one in new for name in MAY_IMPORT[one] if name in MAY_IMPORT} - reached
+    assert "config" not in reached
+
+
+def test_no_private_name_is_used_from_another_module():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in MAY_IMPORT:
+                assert not [alias.name for alias in node.names if alias.name.startswith("_")], path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in MAY_IMPORT:
+                assert not node.attr.startswith("_"), (path, node.lineno)
+
+
+def test_training_is_short_enough_to_read():
+    text = (ROOT / "training.py").read_text()
+    (train,) = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert len(text.splitlines()) <= 220
+    assert train.end_lineno - train.lineno < 70
 
 
 def test_importing_every_module_does_no_work(tmp_path):

@@ -1,25 +1,9 @@
 import pytest
 import torch
-from PIL import Image, ImageSequence
-from torchvision.transforms.v2.functional import pil_to_tensor
+from helpers import frames_in, read
+from PIL import Image
 
 from pictures import CLIP_FORMATS, SCALE_HEIGHT, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
-
-
-def read(path):
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB")) / 255
-
-
-def frames_in(path):
-    if path.suffix == ".mp4":
-        import av
-
-        with av.open(path) as container:
-            return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-                                for frame in container.decode(video=0)]) / 255
-    with Image.open(path) as image:
-        return torch.stack([pil_to_tensor(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]) / 255
 
 
 def test_a_picture_comes_back_rounded_and_not_wrapped_around(tmp_path):

@@ -9,20 +9,22 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, save_picture
+from helpers import TINY, save_picture
 from torch import nn
 
+import config
 import evaluate
 import generate
 import training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+TEXTS = README + (ROOT / "docs" / "speed.md").read_text() + (ROOT / "docs" / "robustness.md").read_text()
 TINY_OPTIONS = [part for name, value in TINY.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXTS, flags=re.DOTALL)
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
@@ -104,14 +106,21 @@ def test_experiments_append_a_row_for_each_run_once(image_folder):
 
 def test_notebook_lines_work():
     os.symlink(ROOT / "pretrained", "pretrained")
-    first, second, third = blocks("python")
-    assert len(first.splitlines()) == 2
-    namespace = runpy.run_path(_written(first + second))
+    load, use, layer, step, tensor = blocks("python")
+    assert len(load.splitlines()) == 2
+    namespace = runpy.run_path(_written(load + use))
     decoder = nn.Sequential(nn.Linear(5, 3 * 64 * 64), nn.Sigmoid(), nn.Unflatten(1, (3, 64, 64)))
-    namespace |= runpy.run_path(_written(third), init_globals={"torch": torch, "decoder": decoder})
+    namespace |= runpy.run_path(_written(layer), init_globals={"torch": torch, "decoder": decoder})
     assert namespace["after"].shape == namespace["images"].shape == (8, 3, 64, 64)
     assert namespace["mu"].shape == (8, 32)
     assert namespace["model"](torch.rand(2, 5)).shape == (2, 3, 64, 64)
+    namespace = runpy.run_path(_written(step), init_globals={"real": torch.rand(4, 3, 64, 64)})
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in namespace["vae"].parameters())
+    images = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
+    short = tensor.replace("steps=2_000", "steps=2, base_channels=4, batch_size=4")
+    assert short != tensor
+    run = runpy.run_path(_written(short), init_globals={"images": images})["run"]
+    assert len(list(run.glob("checkpoints/*.pt"))) == 1
 
 
 def _written(code):
@@ -120,11 +129,11 @@ def _written(code):
 
 
 def test_files_and_options_that_it_names_exist():
-    for name in re.findall(r"`?((?:tests/|benchmarks/)?\w+\.py)`|(docs/\w+\.\w+)", README):
+    for name in re.findall(r"`?((?:tests/|benchmarks/)?\w+\.py)`|(docs/\w+\.\w+)", TEXTS):
         assert (ROOT / "".join(name)).exists(), name
     others = {"--nproc-per-node", "--max-restarts", "--seeds"}  # of torchrun and of a benchmark
-    options = set(re.findall(r"(--[a-z][a-z-]+)", README)) - others
-    helps = "".join(program.parser().format_help() for program in (training.configuration, generate, evaluate))
+    options = set(re.findall(r"(--[a-z][a-z-]+)", TEXTS)) - others
+    helps = "".join(program.parser().format_help() for program in (config, generate, evaluate))
     known = set(re.findall(r"(--[a-z][a-z-]+)", helps))
     assert options <= known
 

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from safe_files import append_line, hold_folder, remove_leftovers, whole_file
+from safe_files import append_line, atomic_write, lock_folder, remove_temporary_files
 
 
 def write(path, data=b"new", **options):
-    with whole_file(path, **options) as file:
+    with atomic_write(path, **options) as file:
         file.write(data)
 
 
@@ -49,7 +49,7 @@ def test_what_cannot_be_written_is_named_with_the_room_there_is(tmp_path):
 def test_leftovers_are_what_was_half_written_and_nothing_else(tmp_path):
     for name in ("a.tmp", ".hidden", "b", ".b.tmp"):
         (tmp_path / name).touch()
-    remove_leftovers(tmp_path)
+    remove_temporary_files(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "a.tmp", "b"]
 
 
@@ -58,23 +58,23 @@ def test_a_folder_without_locks_is_used_without(tmp_path, monkeypatch):
         raise OSError("no locks available")
 
     monkeypatch.setattr("safe_files.FileLock.acquire", fail)
-    with hold_folder(tmp_path, busy=fail):
+    with lock_folder(tmp_path, busy=fail):
         pass
 
 
 def test_a_folder_that_is_held_is_waited_for_after_a_word(tmp_path):
     said = []
-    with pytest.raises(ZeroDivisionError), hold_folder(tmp_path, busy=None), \
-            hold_folder(tmp_path, busy=lambda: said.append(1) or 1 / 0):
+    with pytest.raises(ZeroDivisionError), lock_folder(tmp_path, busy=None), \
+            lock_folder(tmp_path, busy=lambda: said.append(1) or 1 / 0):
         pass
     assert said == [1]
-    with hold_folder(tmp_path, busy=None):
+    with lock_folder(tmp_path, busy=None):
         pass
 
 
 def test_two_processes_can_write_the_same_file_and_the_last_one_has_it(tmp_path):
-    code = f"from safe_files import whole_file\nwith whole_file({str(tmp_path / 'a')!r}) as file: file.write(b'other')"
-    with whole_file(tmp_path / "a") as file:
+    code = f"from safe_files import atomic_write\nwith atomic_write({str(tmp_path / 'a')!r}) as file: file.write(b'other')"
+    with atomic_write(tmp_path / "a") as file:
         file.write(b"mine, ")
         subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[1], check=True)
         assert (tmp_path / "a").read_bytes() == b"other"

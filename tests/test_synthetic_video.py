@@ -15,7 +15,7 @@ def test_frame_zero_is_the_image_bit_for_bit():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_frames_stay_in_range_on_the_hardest_images(dtype):
     for images in (torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.rand(4, 3, 32, 32).round()):
-        video = synthetic_video(images.to(dtype), noise=images.to(dtype).unsqueeze(1))
+        video = synthetic_video(images.to(dtype))
         assert video.dtype == dtype
         assert video.min() >= 0
         assert video.max() <= 1
@@ -50,17 +50,8 @@ def test_gradient_reaches_the_image_through_every_frame_also_at_black_and_white(
 
 def test_gradcheck():
     images = torch.rand(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
-    noise = torch.rand(1, 3, 2, 5, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: synthetic_video(x, 3, noise=noise), images)
+    assert torch.autograd.gradcheck(lambda x: synthetic_video(x, 3), images)
     assert torch.autograd.gradgradcheck(lambda x: synthetic_video(x, 3).square(), images)
-
-
-def test_noise_grows_from_nothing():
-    images = torch.full((1, 3, 32, 32), 0.5)
-    noisy = synthetic_video(images, noise=torch.rand(1, 16, 3, 32, 32))
-    change = (noisy - synthetic_video(images)).abs().amax(dim=(0, 2, 3, 4))
-    assert change[0] == 0
-    assert 0 < change[1] < change[-1] < 0.05
 
 
 def test_interpolation_matrix_reads_between_samples_and_holds_the_ends():

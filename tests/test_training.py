@@ -10,47 +10,27 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, tiny_arguments
+from helpers import ROOT, TINY, assert_same, critic_arguments, generator_arguments, metrics, newest, tiny_arguments, tiny_gan
 from PIL import Image, ImageChops
 from torch.nn import functional as F
 
-import run_folder
+import resuming
+import run_log
 import training
-from augmentation import RANDOM_NUMBERS
-from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+import wgan_gp
+from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from config import Config
+from console import Interrupt
+from fast_paths import use_fast_layers
+from image_data import load_images
 from losses import combined_wasserstein_loss
-from run_folder import RunFolderError
-
-TIMES = ("images_per_second", "elapsed_seconds")
-
-
-def newest(run):
-    return load_newest(run / "checkpoints")
-
-
-def metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
-
-
-def assert_same(one, other, path=""):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            if name not in ("config", "elapsed_seconds"):
-                assert_same(one[name], other[name], f"{path}.{name}")
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}[{index}]")
-    else:
-        assert one == other, path
+from resuming import RunFolderError
+from run_log import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -59,111 +39,99 @@ def images():
     return coarse.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
-def tiny_trainer(**settings):
-    return training.Trainer(Config(**{"data": "x", **TINY, **settings}), torch.device("cpu"))
-
-
-def critic_arguments(images):
-    return images, torch.randn(4, 8), torch.rand(4, 1, 1, 1), torch.rand(4, RANDOM_NUMBERS)
-
-
-def generator_arguments(images):
-    return images, torch.randn(4, 8), torch.randn(4, 8), torch.rand(4, RANDOM_NUMBERS), torch.tensor(0.5)
-
-
 # The updates
 
 
 @pytest.mark.parametrize("settings", [{}, {"augment": True}, {"output_layer": "static"}, {"output_layer": "none"}])
 def test_an_update_moves_its_own_network_and_no_other(images, settings):
-    trainer = tiny_trainer(**settings)
-    before = {name: value.clone() for name, value in trainer.critic.state_dict().items()}
-    generator = {name: value.clone() for name, value in trainer.generator.state_dict().items()}
-    trainer.critic_update(*critic_arguments(images))
-    assert all(not torch.equal(before[n], v) for n, v in trainer.critic.state_dict().items())
-    assert all(torch.equal(generator[n], v) for n, v in trainer.generator.state_dict().items())
-    before = {name: value.clone() for name, value in trainer.critic.state_dict().items()}
-    trainer.generator_update(*generator_arguments(images))
-    assert all(torch.equal(before[n], v) for n, v in trainer.critic.state_dict().items())
-    assert all(not torch.equal(generator[n], v) for n, v in trainer.generator.state_dict().items())
-    assert all(p.requires_grad and p.grad is not None for p in trainer.critic.parameters())
+    gan = tiny_gan(**settings)
+    before = {name: value.clone() for name, value in gan.critic.state_dict().items()}
+    generator = {name: value.clone() for name, value in gan.generator.state_dict().items()}
+    gan.critic_update(*critic_arguments(images))
+    assert all(not torch.equal(before[n], v) for n, v in gan.critic.state_dict().items())
+    assert all(torch.equal(generator[n], v) for n, v in gan.generator.state_dict().items())
+    before = {name: value.clone() for name, value in gan.critic.state_dict().items()}
+    gan.generator_update(*generator_arguments(images))
+    assert all(torch.equal(before[n], v) for n, v in gan.critic.state_dict().items())
+    assert all(not torch.equal(generator[n], v) for n, v in gan.generator.state_dict().items())
+    assert all(p.requires_grad and p.grad is not None for p in gan.critic.parameters())
 
 
 def test_the_first_step_is_as_long_as_the_learning_rate(images):
-    trainer = tiny_trainer(critic_learning_rate=0.01)
-    before = trainer.critic.score.weight.detach().clone()
-    trainer.critic_update(*critic_arguments(images))
-    assert (trainer.critic.score.weight - before).abs().median().item() == pytest.approx(0.01, rel=1e-3)
+    gan = tiny_gan(critic_learning_rate=0.01)
+    before = gan.critic.score.weight.detach().clone()
+    gan.critic_update(*critic_arguments(images))
+    assert (gan.critic.score.weight - before).abs().median().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_the_rates_rise_over_the_first_steps_stay_and_fall(images):
-    trainer, moved = tiny_trainer(critic_learning_rate=0.01), []
-    for step in (0, 99, 499, 7_999, 31_999):
-        before = trainer.critic.score.weight.detach().clone()
-        for state in trainer.critic_optimizer.state.values():
+    gan, moved = tiny_gan(critic_learning_rate=0.01), []
+    for images_seen in (16, 1_600, 8_000, 128_000, 512_000):
+        before = gan.critic.score.weight.detach().clone()
+        for state in gan.critic_optimizer.state.values():
             state["step"].zero_()
             state["exp_avg_sq"].zero_()
-        trainer.set_rates(step)
-        trainer.critic_update(*critic_arguments(images))
-        moved.append((trainer.critic.score.weight - before).abs().median().item())
+        gan.set_learning_rates(images_seen)
+        gan.critic_update(*critic_arguments(images))
+        moved.append((gan.critic.score.weight - before).abs().median().item())
     assert moved == pytest.approx([0.01 / 500, 0.01 / 5, 0.01, 0.01, 0.01 / 4], rel=1e-2)
 
 
 def test_the_average_moves_part_of_the_way(images):
-    trainer = tiny_trainer()
-    start = trainer.averaged.mu.weight.clone()
-    trainer.generator_update(*generator_arguments(images))
-    assert torch.allclose(trainer.averaged.mu.weight, (start + trainer.generator.mu.weight) / 2)
-    assert not any(p.requires_grad for p in trainer.averaged.parameters())
+    gan = tiny_gan()
+    start = gan.averaged.mu.weight.clone()
+    gan.generator_update(*generator_arguments(images))
+    assert torch.allclose(gan.averaged.mu.weight, (start + gan.generator.mu.weight) / 2)
+    assert not any(p.requires_grad for p in gan.averaged.parameters())
 
 
 def test_the_average_forgets_half_in_a_tenth_of_the_images_but_not_more_slowly_than_asked(images):
-    trainer = tiny_trainer(ema_half_life_images=1_000.0)
+    gan = tiny_gan(ema_half_life_images=1_000.0)
     for images_seen, half_life in ((2_000, 200), (50_000, 1_000)):
-        weight = training._generator_batch(trainer, images, 0, images_seen)[-1].item()
-        assert (1 - weight) ** (half_life / trainer.config.batch_size) == pytest.approx(0.5, rel=1e-2)
+        weight = training.generator_batch(gan, images, 0, images_seen)[-1].item()
+        assert (1 - weight) ** (half_life / gan.config.batch_size) == pytest.approx(0.5, rel=1e-2)
 
 
 def test_the_critic_minimises_the_combined_wasserstein_loss(images):
-    trainer = tiny_trainer(gradient_penalty_weight=7.0)
+    gan = tiny_gan(gradient_penalty_weight=7.0)
     real, z, mixing, transform = critic_arguments(images)
-    fake = trainer.generator.decode(z)
-    expected = combined_wasserstein_loss(trainer.critic, real, fake, weight=7.0, mixing=mixing)
-    found = trainer.critic_update(real, z, mixing, transform)["critic_loss"]
+    fake = gan.generator.decode(z)
+    expected = combined_wasserstein_loss(gan.critic, real, fake, weight=7.0, mixing=mixing)
+    found = gan.critic_update(real, z, mixing, transform)["critic_loss"]
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_critic_learns_to_score_real_above_fake(images):
-    trainer = tiny_trainer(critic_learning_rate=1e-3)
-    distances = [trainer.critic_update(*critic_arguments(images))["wasserstein_distance"].item() for _ in range(60)]
+    gan = tiny_gan(critic_learning_rate=1e-3)
+    distances = [gan.critic_update(*critic_arguments(images))["wasserstein_distance"].item() for _ in range(60)]
     assert sum(distances[-10:]) / 10 > distances[0] + 1
 
 
 def test_the_generator_learns_to_reconstruct():
     images = torch.eye(4, 3)[:, :, None, None].expand(-1, -1, 32, 32)  # red, green, blue, black
-    trainer = tiny_trainer(generator_learning_rate=2e-3, kl_weight=0.01)
-    losses = [trainer.generator_update(*generator_arguments(images))["reconstruction"].item() for _ in range(200)]
+    gan = tiny_gan(generator_learning_rate=2e-3, kl_weight=0.01)
+    losses = [gan.generator_update(*generator_arguments(images))["reconstruction"].item() for _ in range(200)]
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_without_vae_terms_training_is_purely_adversarial(images):
-    trainer = tiny_trainer(reconstruction_weight=0.0, kl_weight=0.0)
-    found = trainer.generator_update(*generator_arguments(images))
+    gan = tiny_gan(reconstruction_weight=0.0, kl_weight=0.0)
+    found = gan.generator_update(*generator_arguments(images))
     assert "reconstruction" not in found
-    assert trainer.generator.mu.weight.grad is None
-    assert trainer.generator.decoder[0].weight.grad.abs().sum() > 0
+    assert gan.generator.mu.weight.grad is None
+    assert gan.generator.decoder[0].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_moves_no_weight_and_is_reported(images, bad):
-    trainer = tiny_trainer()
-    trainer.critic_update(*critic_arguments(images))
-    trainer.generator_update(*generator_arguments(images))
-    before = copy.deepcopy(trainer.state())
+    gan = tiny_gan()
+    gan.critic_update(*critic_arguments(images))
+    gan.generator_update(*generator_arguments(images))
+    before = copy.deepcopy(gan.state())
     poisoned = images.clone()
     poisoned[0, 0, 5, 5] = bad
-    found = trainer.critic_update(*critic_arguments(poisoned)) | trainer.generator_update(*generator_arguments(poisoned))
-    after = trainer.state()
+    found = gan.critic_update(*critic_arguments(poisoned)) | gan.generator_update(*generator_arguments(poisoned))
+    after = gan.state()
     assert all(value.isfinite().all() for value in after.pop("averaged").values())
     del before["averaged"]  # it goes on towards the weights, which stay
     assert_same(before, after)
@@ -173,39 +141,39 @@ def test_a_value_that_is_not_finite_moves_no_weight_and_is_reported(images, bad)
 
 @pytest.mark.parametrize("network", ["critic", "generator"])
 def test_a_gradient_alone_that_is_not_finite_moves_no_weight_and_is_reported(images, network):
-    trainer, arguments = tiny_trainer(), {"critic": critic_arguments(images), "generator": generator_arguments(images)}
-    next(getattr(trainer, network).parameters()).register_hook(lambda gradient: gradient * float("inf"))
-    before = copy.deepcopy(trainer.state())
-    found = getattr(trainer, f"{network}_update")(*arguments[network])
+    gan, arguments = tiny_gan(), {"critic": critic_arguments(images), "generator": generator_arguments(images)}
+    next(getattr(gan, network).parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    before = copy.deepcopy(gan.state())
+    found = getattr(gan, f"{network}_update")(*arguments[network])
     for name in (network, f"{network}_optimizer"):
-        assert_same(before[name], trainer.state()[name])
+        assert_same(before[name], gan.state()[name])
     assert found[f"{network}_loss"].isfinite()
     assert not found[f"{network}_gradient_norm"].isfinite()
 
 
 @pytest.mark.parametrize("network", ["critic", "generator"])
 def test_a_loss_alone_that_is_not_finite_moves_no_weight(images, network, monkeypatch):
-    trainer, arguments = tiny_trainer(), {"critic": critic_arguments(images), "generator": generator_arguments(images)}
-    losses = getattr(trainer, f"{network}_losses")
+    gan, arguments = tiny_gan(), {"critic": critic_arguments(images), "generator": generator_arguments(images)}
+    losses = getattr(gan, f"{network}_losses")
 
     def infinite(*arguments):
         loss, metrics = losses(*arguments)
         return loss + float("inf"), metrics
 
-    monkeypatch.setattr(trainer, f"{network}_losses", infinite)
-    before = copy.deepcopy(trainer.state())
-    found = getattr(trainer, f"{network}_update")(*arguments[network])
+    monkeypatch.setattr(gan, f"{network}_losses", infinite)
+    before = copy.deepcopy(gan.state())
+    found = getattr(gan, f"{network}_update")(*arguments[network])
     assert found[f"{network}_gradient_norm"].isfinite()
     for name in (network, f"{network}_optimizer"):
-        assert_same(before[name], trainer.state()[name])
+        assert_same(before[name], gan.state()[name])
 
 
 def test_bfloat16_updates_are_near_those_in_float32(images):
     arguments = critic_arguments(images), generator_arguments(images)
     found = []
     for precision in ("float32", "bfloat16"):
-        trainer = tiny_trainer(precision=precision, base_channels=16)
-        found.append(trainer.critic_update(*arguments[0]) | trainer.generator_update(*arguments[1]))
+        gan = tiny_gan(precision=precision, base_channels=16)
+        found.append(gan.critic_update(*arguments[0]) | gan.generator_update(*arguments[1]))
     for name in ("critic_loss", "gradient_penalty", "generator_loss", "reconstruction", "kl_divergence"):
         assert found[1][name].item() == pytest.approx(found[0][name].item(), rel=0.05, abs=0.02), name
 
@@ -225,14 +193,15 @@ class PlainBlocks(torch.nn.Module):
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_the_fast_updates_have_the_losses_and_gradients_of_the_plain_ones(precision, tolerance):
-    trainer = tiny_trainer(precision=precision, base_channels=16)
+    gan = tiny_gan(precision=precision, base_channels=16)
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(2)
     arguments = critic_arguments(images), generator_arguments(images)
-    critic, vae = copy.deepcopy(trainer.critic).double(), copy.deepcopy(trainer.generator).double()
+    critic, vae = copy.deepcopy(gan.critic).double(), copy.deepcopy(gan.generator).double()
+    use_fast_layers(gan, report=pytest.fail)
+    assert gan.input_gradient
     critic.blocks, vae.encoder = PlainBlocks(critic.blocks), PlainBlocks(vae.encoder)
-    vae.output_layer.cnn._convolve = vae.output_layer.cnn.conv.forward
-    found = trainer.critic_update(*arguments[0])
+    found = gan.critic_update(*arguments[0])
 
     real, z, mixing, _ = (tensor.double() for tensor in arguments[0])
     fake = vae.decode(z).detach()
@@ -242,11 +211,11 @@ def test_the_fast_updates_have_the_losses_and_gradients_of_the_plain_ones(precis
     loss.backward()
     assert found["critic_loss"].item() == pytest.approx(loss.item(), rel=tolerance)
     expected = torch.cat([parameter.grad.flatten() for parameter in critic.parameters()])
-    assert (trainer.gradients()[1] - expected).norm() < tolerance * expected.norm()
+    assert (gan.gradients()["critic"] - expected).norm() < tolerance * expected.norm()
 
-    critic = copy.deepcopy(trainer.critic).double()
+    critic = copy.deepcopy(gan.critic).double()
     critic.blocks = PlainBlocks(critic.blocks)
-    trainer.generator_update(*arguments[1])
+    gan.generator_update(*arguments[1])
     real, z, noise, _, _ = (tensor.double() for tensor in arguments[1])
     mu, logvar = vae.encode(real)
     reconstruction = vae.decode(mu + (logvar / 2).exp() * noise)
@@ -254,7 +223,7 @@ def test_the_fast_updates_have_the_losses_and_gradients_of_the_plain_ones(precis
     rec = (reconstruction - real).abs().sum() / (4 * math.sqrt(3 * 32 * 32))
     (rec + 0.02 * kl - critic(vae.decode(z)).mean()).backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in vae.parameters()])
-    assert (trainer.gradients()[0] - expected).norm() < tolerance * expected.norm()
+    assert (gan.gradients()["generator"] - expected).norm() < tolerance * expected.norm()
 
 
 # A run
@@ -293,7 +262,7 @@ def test_curves_are_drawn_where_matplotlib_is_installed(train_tiny, monkeypatch)
 
 def test_the_best_generator_is_kept_and_a_resumed_run_knows_how_good_it_was(train_tiny):
     settings = {"evaluate_every": 2, "generator_learning_rate": 3.0, "critic_learning_rate": 3.0,
-                "ema_half_life_images": 1.0}
+                "ema_half_life_images": 1.0, "warm_up_images": 2_000}
     straight = train_tiny(steps=10, out="straight", **settings)
     train_tiny(steps=5, out="cut", **settings)
     cut = train_tiny(steps=10, out="cut", **settings)
@@ -333,7 +302,7 @@ def test_tensorboard_gets_the_numbers_of_the_log_and_the_pictures(train_tiny):
 
 def test_tensorboard_is_asked_for_in_one_line_where_it_is_missing(train_tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(training.TrainingError, match="--tensorboard: needs the package tensorboard: pip"):
+    with pytest.raises(ValueError, match="--tensorboard: needs the package tensorboard: pip"):
         train_tiny(steps=1, tensorboard=True)
     assert not os.path.exists("runs")
 
@@ -351,13 +320,13 @@ def test_stopping_at_any_step_and_running_again_gives_the_same_run(train_tiny, c
 
 
 def test_a_resumed_run_takes_the_same_images_and_the_same_numbers_in_the_same_order(train_tiny, monkeypatch):
-    taken, real = [], training.Trainer.critic_update
+    taken, real = [], training.GAN.critic_update
 
     def update(self, *arguments):
         taken.append(list(copy.deepcopy(arguments)))
         return real(self, *arguments)
 
-    monkeypatch.setattr(training.Trainer, "critic_update", update)
+    monkeypatch.setattr(training.GAN, "critic_update", update)
     train_tiny(steps=6, out="straight", augment=True)
     straight = taken[:]
     taken.clear()
@@ -469,7 +438,7 @@ def test_a_folder_of_other_things_is_left_alone(train_tiny, tmp_path):
 
 
 def test_no_room_for_the_checkpoints_is_said_before_training(train_tiny, monkeypatch):
-    monkeypatch.setattr(run_folder, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(resuming, "free_bytes", lambda path: 1000)
     with pytest.raises(RunFolderError, match=r"--out: the checkpoints need [\d,]+ bytes in runs/images, [\d,]+ are free"):
         train_tiny(steps=1)
     assert not pathlib.Path("runs").exists()
@@ -526,19 +495,19 @@ def test_resume_does_not_mix_two_runs(train_tiny):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train_tiny, monkeypatch):
     run = train_tiny(steps=2)
-    real = training.Trainer.critic_update
+    real = training.GAN.critic_update
 
     def poisoned(self, images, *rest):
         return real(self, images * float("nan"), *rest)
 
-    monkeypatch.setattr(training.Trainer, "critic_update", poisoned)
-    with pytest.raises(training.TrainingError, match="step 3: wasserstein_distance is nan.*checkpoints"):
+    monkeypatch.setattr(training.GAN, "critic_update", poisoned)
+    with pytest.raises(TrainingError, match="step 3: wasserstein_distance is nan.*checkpoints"):
         train_tiny(steps=6, log_every=50, checkpoint_every=3)
     assert os.listdir(run / "checkpoints") == ["step_0000002.pt"]
 
 
 def test_a_run_stops_at_the_log_after_what_is_not_finite_and_names_the_earliest_term(train_tiny, monkeypatch):
-    real, done = {name: getattr(training.Trainer, name) for name in ("critic_update", "generator_update")}, []
+    real, done = {name: getattr(training.GAN, name) for name in ("critic_update", "generator_update")}, []
 
     def generator(self, *arguments):
         done.append(1)
@@ -548,24 +517,24 @@ def test_a_run_stops_at_the_log_after_what_is_not_finite_and_names_the_earliest_
     def critic(self, images, *rest):
         return real["critic_update"](self, images * (math.nan if len(done) >= 3 else 1), *rest)
 
-    monkeypatch.setattr(training.Trainer, "generator_update", generator)
-    monkeypatch.setattr(training.Trainer, "critic_update", critic)
-    with pytest.raises(training.TrainingError, match="step 3: kl_divergence is inf"):
+    monkeypatch.setattr(training.GAN, "generator_update", generator)
+    monkeypatch.setattr(training.GAN, "critic_update", critic)
+    with pytest.raises(TrainingError, match="step 3: kl_divergence is inf"):
         train_tiny(steps=50, log_every=2, checkpoint_every=50)
     assert len(done) == 4
     assert [line["step"] for line in metrics(pathlib.Path("runs/images"))] == [2]
 
 
 def test_a_weight_that_is_not_finite_is_never_saved(train_tiny, monkeypatch):
-    run, real = train_tiny(steps=2), training.Trainer.generator_update
+    run, real = train_tiny(steps=2), training.GAN.generator_update
 
     def poisoned(self, *arguments):
         metrics = real(self, *arguments)
         self.averaged.mu.bias[0] = float("nan")
         return metrics
 
-    monkeypatch.setattr(training.Trainer, "generator_update", poisoned)
-    with pytest.raises(training.TrainingError, match="step 3: a weight is not finite; this step was not saved"):
+    monkeypatch.setattr(training.GAN, "generator_update", poisoned)
+    with pytest.raises(TrainingError, match="step 3: a weight is not finite; this step was not saved"):
         train_tiny(steps=3)
     assert os.listdir(run / "checkpoints") == ["step_0000002.pt"]
 
@@ -623,7 +592,7 @@ def test_a_refusal_is_one_line_and_status_2(image_folder, capfd, arguments, said
 
 
 def test_a_signal_is_noted_once_deferred_and_raised_before():
-    with training.Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
         interrupt.defer()
@@ -644,3 +613,150 @@ def test_the_demo_draws_its_images_once_and_trains_its_preset(monkeypatch):
     config = dataclasses.replace(Config(demo=True), **{**TINY, "steps": 2})
     assert training.train(config) == pathlib.Path("runs/demo")
     assert len(list(pathlib.Path("demo_images").rglob("*.png"))) == 12
+
+
+# Doors
+
+
+def test_editing_the_combined_loss_changes_training(images, monkeypatch):
+    gan, plain = tiny_gan(), combined_wasserstein_loss
+    before = gan.critic_losses(*critic_arguments(images))[0]
+    monkeypatch.setattr(wgan_gp, "combined_wasserstein_loss", lambda *args, **options: 3 * plain(*args, **options))
+    torch.manual_seed(0)
+    arguments = critic_arguments(images)
+    loss, found = gan.critic_losses(*arguments)
+    assert loss.item() == pytest.approx(3 * plain(gan.critic, images, gan.generator.decode(arguments[1]),
+                                                  mixing=arguments[2]).item(), rel=1e-4)
+    assert found["critic_loss"] is loss
+    assert before.item() != loss.item()
+
+
+def small_images(count=12):
+    return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def tiny_config(**settings):
+    return Config(**{"data": "mine", **TINY, **settings})
+
+
+def test_images_in_memory_are_trained_on_at_their_own_size_and_resumed(capfd):
+    images = small_images()
+    run = training.train(tiny_config(steps=4, image_size=128), data=images)
+    assert run == pathlib.Path("runs/mine")
+    assert newest(run)["model_arguments"]["image_size"] == 32
+    assert not pathlib.Path("cache").exists()
+    cut = [training.train(tiny_config(steps=steps, out="cut"), data=images.numpy()) for steps in (2, 4)][-1]
+    assert_same(newest(run), newest(cut))
+    assert metrics(run) == metrics(cut)
+    changed = images.clone()
+    changed[3, 0, 5, 5] ^= 1
+    with pytest.raises(CheckpointError, match="--data: this run has mine .*, got mine .*; --out names another folder"):
+        training.train(tiny_config(steps=6, out="cut"), data=changed)
+    assert training.train(tiny_config(steps=1), data=changed) == pathlib.Path("runs/mine-2")
+
+
+def test_an_image_set_is_trained_on(image_folder):
+    data = load_images(image_folder, 32, cache_dir="cache")
+    assert newest(training.train(tiny_config(steps=1), data=data))["num_images"] == 10
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (torch.zeros(4, 32, 32, 3, dtype=torch.uint8), r"got torch.uint8 \(4, 32, 32, 3\); images.permute"),
+    (torch.zeros(4, 3, 32, 32), "expected uint8 images .*, got torch.float32"),
+    (torch.zeros(4, 3, 32, 64, dtype=torch.uint8), r"H = W, got torch.uint8 \(4, 3, 32, 64\)"),
+    (torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "no images"),
+    (torch.zeros(4, 3, 30, 30, dtype=torch.uint8), "--image-size: must be one of"),
+])
+def test_images_in_memory_that_cannot_be_trained_on_are_refused(data, said):
+    with pytest.raises(ValueError, match=said):
+        training.train(tiny_config(steps=1), data=data)
+    assert not pathlib.Path("runs").exists()
+
+
+def test_a_callback_is_told_every_step_and_its_metrics(train_tiny, image_folder):
+    told = []
+    training.train(tiny_config(data=str(image_folder), steps=3), after_step=lambda *arguments: told.append(arguments))
+    assert [step for step, _ in told] == [1, 2, 3]
+    assert told[0][1]["critic_loss"].isfinite()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_notebook_finishes_the_step_saves_and_gives_the_handlers_back(image_folder, capfd, number):
+    handled = []
+    before = {name: signal.signal(name, lambda *arguments: handled.append(arguments[0]))
+              for name in (signal.SIGINT, signal.SIGTERM)}
+    ours = {name: signal.getsignal(name) for name in before}
+    try:
+        run = training.train(tiny_config(data=str(image_folder), steps=100),
+                             after_step=lambda step, _: signal.raise_signal(number) if step == 3 else None)
+        assert {name: signal.getsignal(name) for name in ours} == ours
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert newest(run)["step"] == 3
+    assert handled == ([] if number == signal.SIGINT else [number])  # Ctrl-C is done with; SIGTERM is for the process
+    assert "stopped after step 3, saved" in capfd.readouterr().out
+
+
+def test_a_run_in_another_thread_trains(image_folder):
+    thread = threading.Thread(target=training.train, args=[tiny_config(data=str(image_folder), steps=2)])
+    thread.start()
+    thread.join(60)
+    assert newest(pathlib.Path("runs/images"))["step"] == 2
+
+
+def test_schedules_count_images_so_that_they_mean_the_same_at_every_batch_size():
+    for batch_size in (4, 16, 64):
+        gan = tiny_gan(batch_size=batch_size)
+        for step in range(0, 40_000, 777):
+            gan.set_learning_rates((step + 1) * batch_size)
+            done = (step + 1) * batch_size / 16
+            expected = torch.tensor(0.0016 * min(1, done / 500, 8_000 / done))
+            assert torch.equal(gan.critic_optimizer.param_groups[0]["lr"], expected)
+
+
+def test_schedules_and_beta_are_settings_that_are_used_and_reported(train_tiny, capfd):
+    train_tiny(steps=1, out="run")
+    run = train_tiny(steps=2, out="run", warm_up_images=100, decay_after_images=200, adam_beta2=0.99, ema_ramp=0.5)
+    said = capfd.readouterr().out
+    for name, old, new in (("warm-up-images", 8000, 100), ("decay-after-images", 128000, 200), ("adam-beta2", 0.9, 0.99),
+                           ("ema-ramp", 0.1, 0.5)):
+        assert f"warning: --{name} was {old}, is {new} from here on" in said
+        assert json.loads((run / "config.json").read_text())[name.replace("-", "_")] == new
+    assert tiny_gan(adam_beta2=0.99).critic_optimizer.param_groups[0]["betas"] == (0.0, 0.99)
+
+
+def test_fewer_steps_than_a_line_of_the_log_leave_one_and_a_resumed_run_writes_it_anew(train_tiny):
+    run = train_tiny(steps=3, log_every=50)
+    assert [line["step"] for line in metrics(run)] == [3]
+    assert metrics(train_tiny(steps=5, log_every=50)) == metrics(train_tiny(steps=5, log_every=50, out="straight"))
+
+
+def test_no_curves_are_drawn_of_nothing(tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.delitem(sys.modules, name)
+    run_log.draw_curves(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hole_in_the_numbering_does_not_lose_a_run(train_tiny):
+    for _ in range(3):
+        train_tiny(steps=1, fresh=True)
+    shutil.rmtree("runs/images-2")
+    assert train_tiny(steps=2) == pathlib.Path("runs/images-3")
+    os.mkdir("runs/images-128")  # of something else
+    assert train_tiny(steps=1, fresh=True) == pathlib.Path("runs/images-4")
+
+
+def test_a_run_stopped_before_its_first_step_does_not_say_that_it_was_saved(image_folder, capfd):
+    interrupt = Interrupt()
+    interrupt.received = signal.SIGINT
+    run = training.train(tiny_config(data=str(image_folder), steps=5), interrupt=interrupt)
+    assert "stopped before the first step, so there was nothing to save" in capfd.readouterr().out
+    assert not (run / "checkpoints").exists()
+
+
+def test_numpy_values_and_paths_are_settings(image_folder):
+    config = tiny_config(data=image_folder, steps=np.int64(2), kl_weight=np.float32(0.5), out=pathlib.Path("run"))
+    run = training.train(config)
+    assert json.loads((run / "config.json").read_text())["steps"] == 2

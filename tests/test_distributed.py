@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Child, tiny_arguments, wait_until
-from test_training import assert_same, metrics, newest
+from helpers import ROOT, TINY, Child, assert_same, metrics, newest, tiny_arguments, wait_until
 
-import parallel
+import distributed
 import training
+import wgan_gp
 from config import Config
 
 
@@ -37,27 +37,27 @@ def run_processes(number, *arguments, first=None, status=0):
 
 def take_steps(name):
     """Three steps in float64, from the same data; every process leaves its metrics, its gradients and what it ends with."""
-    parallel.start(torch.device("cpu"))
-    trainer = training.Trainer(Config(data="x", **TINY), torch.device("cpu"))
-    for network in (trainer.generator, trainer.critic, trainer.averaged):
+    distributed.start(torch.device("cpu"))
+    gan = training.GAN(Config(data="x", **TINY), torch.device("cpu"))
+    for network in (gan.generator, gan.critic, gan.averaged):
         network.double()
-    trainer.critic_optimizer = training._adam(trainer.critic, 1e-3)
-    trainer.generator_optimizer = training._adam(trainer.generator, 1e-3)
-    for tensor in trainer.tensors():
-        tensor += parallel.rank()  # to be put right by the others hearing from rank 0
-    parallel.broadcast_(trainer.tensors())
+    gan.critic_optimizer = wgan_gp.make_adam(gan.critic, 1e-3, 0.9)
+    gan.generator_optimizer = wgan_gp.make_adam(gan.generator, 1e-3, 0.9)
+    for tensor in gan.tensors():
+        tensor += distributed.rank()  # to be put right by the others hearing from rank 0
+    distributed.broadcast_(gan.tensors())
     images = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     torch.set_default_dtype(torch.float64)
     found = []
     for step in range(3):
-        batch = training._critic_batch(trainer, images, step, 0, 4 * step)
-        assert len(batch[0]) * parallel.world_size() == 4
-        found.append(trainer.critic_update(*(tensor.double() for tensor in batch)))
-        batch = training._generator_batch(trainer, batch[0], step, 4 * step + 4)
-        found.append(trainer.generator_update(*(tensor.double() for tensor in batch)))
-        found.append(trainer.gradients())
-    torch.save([found, trainer.tensors()], f"{name}{parallel.rank()}")
-    parallel.stop()
+        batch = training.critic_batch(gan, images, step, 0, 4 * step)
+        assert len(batch[0]) * distributed.world_size() == 4
+        found.append(gan.critic_update(*(tensor.double() for tensor in batch)))
+        batch = training.generator_batch(gan, batch[0], step, 4 * step + 4)
+        found.append(gan.generator_update(*(tensor.double() for tensor in batch)))
+        found.append(gan.gradients())
+    torch.save([found, gan.tensors()], f"{name}{distributed.rank()}")
+    distributed.stop()
 
 
 def flat(nested):
@@ -73,7 +73,7 @@ def test_two_processes_take_the_steps_of_one_with_the_joined_batch():
     assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
     for alone, together in zip(flat(one), flat(first), strict=True):
         torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
-    assert max(tensor.abs().max() for tensor in one[0][2]) > 0.1  # there were gradients to compare
+    assert max(tensor.abs().max() for tensor in one[0][2].values()) > 0.1  # there were gradients to compare
 
 
 def test_a_run_in_two_processes_writes_one_log_and_one_checkpoint_and_goes_on_alone(image_folder, train_tiny):
@@ -107,14 +107,14 @@ def test_what_one_process_refuses_ends_the_others_and_is_said_once(image_folder,
 
 
 def poison_the_third_update_of_rank_1():
-    real = training.Trainer.critic_update
+    real = training.GAN.critic_update
 
     def update(self, images, *rest):
         update.calls += 1
-        return real(self, images * float("nan") if update.calls == 3 and parallel.rank() == 1 else images, *rest)
+        return real(self, images * float("nan") if update.calls == 3 and distributed.rank() == 1 else images, *rest)
 
     update.calls = 0
-    training.Trainer.critic_update = update
+    training.GAN.critic_update = update
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_said_once(image_folder):
@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_is_said_once(ima
     assert other == ("", "")
     state = newest(pathlib.Path("runs/images"))
     assert state["step"] == 2
-    assert all(tensor.isfinite().all() for name in training.NETWORKS for tensor in state[name].values())
+    assert all(tensor.isfinite().all() for name in wgan_gp.NETWORKS for tensor in state[name].values())
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(image_folder):
@@ -141,16 +141,16 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(image_folder):
 BREAKING = """
 import os, sys
 sys.path.insert(0, {root!r})
-import parallel, training
-real, calls = training.Trainer.generator_update, []
+import distributed, training
+real, calls = training.GAN.generator_update, []
 
 def update(self, *arguments):
     calls.append(1)
-    if len(calls) == 5 and parallel.rank() == 1 and not parallel.restarted():
+    if len(calls) == 5 and distributed.rank() == 1 and not distributed.restarted():
         raise RuntimeError("this process broke")
     return real(self, *arguments)
 
-training.Trainer.generator_update = update
+training.GAN.generator_update = update
 sys.exit(training.main())
 """
 

@@ -4,8 +4,9 @@ import signal
 import pytest
 import torch
 
-import program
-from safe_files import whole_file
+import console
+import devices
+from safe_files import atomic_write
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -15,7 +16,7 @@ def test_a_signal_leaves_no_file_half_written(number, tmp_path):
         signal.signal(number, before := signal.SIG_DFL)
 
     def write():
-        with program.output(), whole_file(tmp_path / "picture.png") as file:
+        with console.program_output(), atomic_write(tmp_path / "picture.png") as file:
             file.write(b"half")
             signal.raise_signal(number)
 
@@ -27,8 +28,8 @@ def test_a_signal_leaves_no_file_half_written(number, tmp_path):
 
 
 def test_the_device_is_there_or_refused():
-    assert program.pick_device("cpu") == torch.device("cpu")
-    assert program.pick_device("auto").type in ("cpu", "cuda", "mps")
+    assert devices.pick_device("cpu") == torch.device("cpu")
+    assert devices.pick_device("auto").type in ("cpu", "cuda", "mps")
     if not torch.cuda.is_available():
-        with pytest.raises(program.DeviceError, match="--device: cuda is not available here; there is cpu"):
-            program.pick_device("cuda")
+        with pytest.raises(devices.DeviceError, match="--device: cuda is not available here; there is cpu"):
+            devices.pick_device("cuda")

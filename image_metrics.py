@@ -1,4 +1,4 @@
-"""How good are generated images? Figures as pure functions; none but inception_distances needs a pretrained network.
+"""Metrics of generated images, as pure functions. Only inception_distances needs a pretrained network.
 
 Notation as in model_definitions.py: two sets of images (M, C, H, W) and (N, C, H, W) in [0, 1].
 """
@@ -13,7 +13,8 @@ PATCH = 7  # pixels a side
 PATCHES_PER_IMAGE = 64
 DIRECTIONS = 512
 KID_SUBSET = 1_000  # images, as is usual, or as many as there are
-THUMBNAIL = 16  # pixels a side of what whole images are compared by: what they show and where, not their texture
+CHUNK = 1_000  # images compared at a time
+THUMBNAIL = 16  # pixels a side; whole images are compared at this size, without their texture
 
 
 def sliced_wasserstein(real, fake, *, generator):
@@ -21,14 +22,15 @@ def sliced_wasserstein(real, fake, *, generator):
 
     Patches of 7 x 7 pixels are taken at random from a Laplacian pyramid, scaled by the mean and deviation that each channel
     has in the real set, and compared along random directions. The finest level judges texture; the coarsest, of 16 pixels,
-    layout. Two halves of one set give what so many images can tell apart; there is no upper bound.
+    layout. The distance between two halves of one set is the noise floor at that number of images: compare distances only at
+    equal numbers. There is no upper bound.
 
     Args:
         real, fake: as many images in one as in the other.
         generator: a CPU torch.Generator, for patches and directions.
 
-    Source: Karras et al. 2018 (arXiv:1710.10196), section 5, but with the scaling of the real set for both: there each set
-    has its own, which hides a difference in contrast or tint.
+    Source: Karras et al. 2018 (arXiv:1710.10196), section 5, but both sets are scaled by the statistics of the real one.
+    Scaling each set by its own hides a difference in contrast or tint.
     """
     distances = {}
     for real_level, fake_level in zip(_laplacian_pyramid(real), _laplacian_pyramid(fake), strict=True):
@@ -43,7 +45,7 @@ def sliced_wasserstein(real, fake, *, generator):
 
 
 def _laplacian_pyramid(images):
-    """What each halving of the images loses, from the finest level on, then the smallest images themselves."""
+    """The detail lost by each halving of the images, from the finest level on, then the smallest images themselves."""
     levels = []
     while images.shape[-1] > SMALLEST_LEVEL:
         smaller = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
@@ -74,9 +76,15 @@ def diversity(small):
 def nearest_distance(small, others, *, rank=1):
     """Returns the median over thumbnails (N, D) of the distance to the nearest of others (M, D), root mean square over D.
 
-    rank=2 takes the second nearest, for images that are themselves among the others.
+    Args:
+        small: (N, D).
+        others: (M, D).
+        rank: 2 takes the second nearest, for images that are themselves among the others.
     """
-    return (torch.cdist(small, others).kthvalue(rank, dim=1).values.median() / small.shape[1] ** 0.5).item()
+    nearest = torch.full((len(small), rank), torch.inf)
+    for part in others.split(CHUNK):  # so that no (N, M) matrix is made
+        nearest = torch.cat([nearest, torch.cdist(small, part)], dim=1).topk(rank, dim=1, largest=False).values
+    return (nearest.amax(dim=1).median() / small.shape[1] ** 0.5).item()
 
 
 def reconstruction_error(vae, images):
@@ -88,8 +96,8 @@ def reconstruction_error(vae, images):
 def inception_distances(real, fake, device):
     """Returns FID and KID x 1000, in the features of the Inception network that papers use, fetched at the first call.
 
-    FID falls with the number of images, KID does not: compare FID only at equal numbers, with papers at theirs, often
-    50,000. Images are rounded to 8 bits; torch-fidelity enlarges them to 299 px.
+    FID falls with the number of images, KID does not: compare FID only at equal numbers of images (papers often use 50,000).
+    Images are rounded to 8 bits; torch-fidelity enlarges them to 299 px.
 
     Args:
         real, fake: at least 2 images each.

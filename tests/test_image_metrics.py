@@ -7,8 +7,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
 
 from demo_images import SHAPES, draw_shape
-from model_definitions import VAE
-from quality import (
+from image_metrics import (
     diversity,
     inception_distances,
     nearest_distance,
@@ -16,6 +15,7 @@ from quality import (
     sliced_wasserstein,
     thumbnails,
 )
+from model_definitions import VAE
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,107 @@
+"""One run in several processes: torchrun --nproc-per-node K training.py ...
+
+Every process draws the same random numbers for the whole batch and works on its own shard of it. The gradients of an update
+are averaged in one all_reduce. Rank 0 alone prints and writes. Without torchrun: rank 0 of 1, and every collective does
+nothing.
+"""
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(days=1)  # the others wait while rank 0 decodes a large folder; torchrun ends them if it fails
+
+
+class RankZeroError(RuntimeError):
+    """Rank 0 failed and has printed the reason; the other ranks exit without a message."""
+
+
+def start(device):
+    """Joins the processes that torchrun has started, if it has."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _is_initialized():
+        from torch.distributed.rendezvous import rendezvous  # which builds of torch without torch.distributed do not have
+
+        store, own_rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun keeps the store when it restarts the processes, and in it the addresses of those that are gone.
+        store = dist.PrefixStore(f"attempt {_restarts()}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, store=store,
+                                rank=own_rank, world_size=size)
+
+
+def stop():
+    if _is_initialized():
+        dist.destroy_process_group()
+
+
+def _is_initialized():
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank():
+    return dist.get_rank() if _is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if _is_initialized() else 1
+
+
+def restarted():
+    """Whether torchrun has started this process again after a failure."""
+    return _restarts() > 0
+
+
+def _restarts():
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+@contextlib.contextmanager
+def rank_zero_first():
+    """Runs the block on rank 0 first, then on the other ranks, which find what rank 0 has written.
+
+    Raises:
+        RankZeroError: on the other ranks, if rank 0 has left the block with an error.
+    """
+    if rank() > 0:
+        if all_reduce_max(0):
+            raise RankZeroError
+        yield
+        return
+    failed = 1
+    try:
+        yield
+        failed = 0
+    finally:
+        all_reduce_max(failed)
+
+
+def shard(batch):
+    """Returns this process's part of a batch, cut along its first axis."""
+    return batch.chunk(world_size())[rank()]
+
+
+def broadcast_(tensors):
+    """Replaces the tensors by those of rank 0."""
+    if _is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def all_reduce_mean_(tensors):
+    """Replaces the tensors, all of one type, by their means over the processes, in one all_reduce."""
+    if _is_initialized() and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def all_reduce_max(number):
+    """Returns the largest of the whole numbers that the processes have given."""
+    if not _is_initialized():
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)  # on the CPU, so that no process waits for its device
+    return largest.item()

@@ -1,0 +1,194 @@
+"""Where a run goes on: which run folder, from which checkpoint, with which settings.
+
+The run folder holds config.json, reals.png, samples/, reconstructions/ and alpha_maps/ (a PNG for each step drawn),
+metrics.jsonl (a line for each log and each measurement), curves.png and checkpoints/. A run deletes only old checkpoints. On
+resume it cuts metrics.jsonl at the checkpoint.
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+
+import distributed
+from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, load_newest
+from config import option_name
+from console import say
+from devices import pick_precision
+from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
+
+RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's config.json has all of them
+MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "check_data", "skip_bad", "device", "compile",
+              "cache_dir", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep_checkpoints",
+              "tensorboard"}  # without a warning
+
+
+class RunFolderError(ValueError):
+    """The folder cannot be used for this run; the message says what would do."""
+
+
+def find_run(config, *, name, folder):
+    """Returns the run folder, the checkpoints in it, and the state to go on from, None at the start of a run.
+
+    Args:
+        config: a Config whose data is a resolved path, or names a set of images.
+        name: of the run folder below runs/, where config.out does not name one.
+        folder: the folder of images, in which the run folder must not be; None where there is none.
+
+    Raises:
+        RunFolderError, CheckpointError: what cannot be used, and what would do.
+    """
+    identity = {"data": config.data, **config.model_arguments()}
+    fresh = config.fresh and not distributed.restarted()
+    out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh)
+    if folder and pathlib.Path(os.path.realpath(out)).is_relative_to(folder):
+        raise RunFolderError(f"--out: {out} is inside --data {folder}, and its pictures would be trained on")
+    checkpoints = list_checkpoints(out / "checkpoints")
+    state = load_newest(out / "checkpoints", report=say)
+    if config.resume:
+        if state is None:
+            state = load_checkpoint(config.resume)
+            if not state["critic"]:
+                raise CheckpointError(f"--resume: {config.resume} holds a generator alone, which cannot be trained further")
+        elif state["config"].get("resume") != config.resume:
+            raise RunFolderError(f"--resume: {out} already holds a run; name a new folder with --out")
+    return out, checkpoints, state
+
+
+def choose_run_folder(base, identity, *, exactly, fresh):
+    """Returns the folder for a run: `base`, or base-2, base-3 and so on.
+
+    Args:
+        base: the first choice.
+        identity: the entries of config.json that make a run the same run.
+        exactly: use `base` itself, never base-2, base-3, ...
+        fresh: take a new number above those of the same run, not a folder that holds it.
+
+    Raises:
+        RunFolderError: the folder is a file, or holds other things than a run.
+    """
+    base = pathlib.Path(base)
+    name = base.name or "run"
+    numbered = {int(path.name.removeprefix(f"{name}-")): path for path in base.parent.glob("*")
+                if re.fullmatch(rf"{re.escape(name)}-[1-9]\d{{0,8}}", path.name)}
+    same = {number: path for number, path in {1: base, **numbered}.items()
+            if identity.items() <= _saved_config(path).items()}
+    if exactly and not fresh:
+        folder = base
+    elif same and not fresh:
+        folder = same[max(same)]
+    else:
+        number = max(same, default=0) + 1
+        while (folder := base if number == 1 else base.parent / f"{name}-{number}").exists():
+            number += 1
+    if folder.exists():
+        if not folder.is_dir():
+            raise RunFolderError(f"--out: {folder} is a file, a folder is needed")
+        if any(folder.iterdir()) and not _saved_config(folder):
+            raise RunFolderError(f"--out: {folder} holds other things than a run; name a new or an empty folder")
+    return folder
+
+
+def _saved_config(folder):
+    """Returns the config of the run in a folder, from a checkpoint where config.json is lost; {} where there is no run."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        return saved if saved.keys() >= RUN_KEYS else {}
+    except (AttributeError, OSError, RecursionError, ValueError):
+        with contextlib.suppress(CheckpointError):
+            state = load_newest(folder / "checkpoints", report=lambda line: None)
+            return state["config"] if state else {}
+        return {}
+
+
+def resolve_settings(config, state, device):
+    """Returns the config with the precision of the run; refuses another model or data, and reports other changes.
+
+    Args:
+        config: a Config.
+        state: the checkpoint to go on from, None at the start of a run.
+        device: a torch.device, which decides about "auto" at the start of a run.
+
+    Raises:
+        CheckpointError: what cannot change within a run.
+    """
+    if not state:
+        precision = pick_precision(device) if config.precision == "auto" else config.precision
+        return dataclasses.replace(config, precision=precision)
+    saved, model = state["config"], state["model_arguments"]
+    faults = [f"{option_name(name)}: this run has {model.get(name)}, got {value}; --out names another folder"
+              for name, value in config.model_arguments().items() if model.get(name) != value]
+    if saved.get("data") != config.data and not config.resume:
+        faults.append(f"--data: this run has {saved.get('data')}, got {config.data}; --out names another folder, where "
+                      "--resume goes on from a checkpoint of this one")
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    if config.precision == "auto":
+        if saved.get("precision") not in ("float32", "bfloat16"):
+            raise CheckpointError(f"the checkpoint has no precision that is known: {saved.get('precision')}")
+        config = dataclasses.replace(config, precision=saved["precision"])
+    # Older checkpoints do not name these: the same defaults, but the schedule counted 500 and 8,000 steps.
+    before = {"warm_up_images": 500 * config.batch_size, "decay_after_images": 8_000 * config.batch_size, "ema_ramp": 0.1,
+              "adam_beta2": 0.9} | saved
+    for name, value in dataclasses.asdict(config).items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            say(f"warning: {option_name(name)} was {before.get(name)}, is {value} from here on")
+    return config
+
+
+@contextlib.contextmanager
+def open_run_folder(folder, config, *, step, last_logged, checkpoints, bytes_needed):
+    """Locks the folder, writes config.json, and cuts metrics.jsonl where the run goes on.
+
+    Args:
+        folder: as chosen by choose_run_folder.
+        config: what config.json is to hold, as a dict.
+        step: where the run goes on.
+        last_logged: the last step up to which the means of the log are final; a line after it is written anew.
+        checkpoints: those seen when `step` was read; if they have changed since, another process has trained here.
+        bytes_needed: by the checkpoints of the run.
+
+    Raises:
+        RunFolderError: fewer bytes are free than will be needed; it cannot be written to; another process trains there, or
+            has trained there since.
+    """
+    bytes_needed -= sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
+    if bytes_needed > free_bytes(folder):
+        raise RunFolderError(
+            f"--out: the checkpoints need {bytes_needed:,} bytes in {folder}, {free_bytes(folder):,} are free")
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock_folder(folder, busy=lambda: _refuse(folder)))
+            if list_checkpoints(folder / "checkpoints") != checkpoints:
+                _refuse(folder)
+            for place in (folder, *folder.glob("*/")):
+                remove_temporary_files(place)
+            _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            log = folder / "metrics.jsonl"
+            if log.exists():
+                _write(log, "".join(_lines_up_to(step, last_logged, log.read_text(errors="replace"))))
+        except OSError as error:
+            raise RunFolderError(f"--out: {error}") from None
+        yield
+
+
+def _refuse(folder):
+    raise RunFolderError(f"--out: another process is training in {folder}; wait for it, or start beside it with --fresh")
+
+
+def _lines_up_to(step, last_logged, text):
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+            last = last_logged if "images" in values else step  # lines of measurements have no means
+            if values["step"] <= last:
+                yield line + "\n"
+        except (KeyError, RecursionError, TypeError, ValueError):  # torn by a crash
+            continue
+
+
+def _write(path, text):
+    with atomic_write(path) as file:
+        file.write(text.encode())

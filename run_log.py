@@ -1,0 +1,294 @@
+"""What a run leaves behind: its log, pictures, measurements and checkpoints."""
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import time
+
+import torch
+from tqdm import tqdm
+
+import distributed
+from checkpointing import save_checkpoint, save_generator
+from config import option_name
+from console import say
+from data_report import say_skipped
+from image_data import as_float_images, batch_indices, evenly_spaced
+from image_metrics import sliced_wasserstein
+from pictures import alpha_picture, grid, save_picture
+from randomness import latent_noise, random_generator
+from resuming import open_run_folder
+from safe_files import append_line, atomic_write
+
+NUM_SAMPLES = 64
+NUM_MEASURED = 500
+COLUMNS = 8  # of the grids
+CURVES_PER_ROW = 3
+
+
+class TrainingError(ValueError):
+    """The run cannot start, or cannot go on; the message says why and what would do."""
+
+
+class RunLog:
+    """Where a run stands, and what it writes into its folder. All processes have one; rank 0 writes.
+
+    Every process looks for values that are not finite. They are the same in all of them, so all stop together.
+
+    Args:
+        config: a Config.
+        gan: a GAN.
+        data: an ImageSet.
+        out: the run folder.
+        checkpoints: those in it.
+        state: the checkpoint to go on from, None at the start of a run.
+
+    Attributes:
+        step, images_seen: done so far.
+        total_steps: where the run ends.
+    """
+
+    def __init__(self, config, gan, data, out, checkpoints, state):
+        self.config, self.gan, self.data, self.out, self.checkpoints = config, gan, data, out, checkpoints
+        self.is_rank_zero = distributed.rank() == 0
+        self.step, self.images_seen, self.elapsed_seconds, self.num_images_before = (
+            state[name] for name in ("step", "images_seen", "elapsed_seconds", "num_images")) if state else (
+            0, 0, 0.0, len(data.images))
+        self.pending = []  # the metrics of each step since the last line of the log, read from the device only then
+        if state:
+            pending = {name: values.to(gan.device) for name, values in state["pending_metrics"].items()}
+            self.pending = [dict(zip(pending, values, strict=True)) for values in zip(*pending.values(), strict=True)]
+        self.images_per_step = config.batch_size * config.critic_steps
+        self.total_steps = (config.steps if config.epochs is None
+                            else math.ceil(config.epochs * len(data.images) / self.images_per_step))
+        self.first_step, self.steps_since_last_line = self.step, 0
+        self.noise = latent_noise(config.seed, range(NUM_SAMPLES), config.latent_dim)
+        first = batch_indices(len(data.images), 0, NUM_SAMPLES, seed=config.seed)
+        self.reals = as_float_images(data.images, first, torch.device("cpu"))
+        self.tensorboard = None
+        self.progress = tqdm(disable=True)
+        self.start = self.last_line = time.perf_counter()
+
+    def describe(self):
+        """Prints what is trained on what, and what has changed since the checkpoint."""
+        config, data = self.config, self.data
+        generator, critic = self.gan.num_parameters()
+        classes = f" in {len(data.class_counts)} classes" if len(data.class_counts) > 1 else ""
+        say(f"data    {data.folder}: {len(data.images)} images{classes}, {config.image_size} px\n"
+            f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
+            f"{config.precision} on {self.gan.device}\n"
+            f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
+        say_skipped(data.skipped)
+        if len(data.images) != self.num_images_before:
+            say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
+        if len(data.images) < config.batch_size:
+            say(f"warning: fewer images than --batch-size {config.batch_size}: batches hold some of them repeatedly")
+        if config.dry_run:
+            for name, value in dataclasses.asdict(config).items():
+                say(f"{option_name(name):26} {value}")
+            say(f"memory  {self.gan.state_bytes():,} bytes of weights and optimizer state; "
+                "a checkpoint takes as much on the disk")
+
+    @contextlib.contextmanager
+    def opened(self):
+        """Locks and prepares the run folder, and starts the clock and the progress bar."""
+        with contextlib.ExitStack() as held:
+            with distributed.rank_zero_first():
+                if self.is_rank_zero:
+                    held.enter_context(open_run_folder(
+                        self.out, dataclasses.asdict(self.config), step=self.step,
+                        last_logged=self.step - len(self.pending), checkpoints=self.checkpoints,
+                        bytes_needed=self.gan.state_bytes() * (self.config.keep_checkpoints + 1)))
+            if self.is_rank_zero:
+                save_picture(grid(self.reals, columns=COLUMNS), self.out / "reals.png")
+                if self.config.tensorboard:
+                    self.tensorboard = held.enter_context(_open_tensorboard(self.out / "tensorboard", self.step))
+            self.progress = held.enter_context(tqdm(
+                total=self.total_steps * self.images_per_step, unit=" images", unit_scale=True, smoothing=0.05,
+                initial=self.step * self.images_per_step, disable=None if self.is_rank_zero else True))
+            self.start = self.last_line = time.perf_counter()
+            yield
+
+    def record(self, metrics):
+        """Counts one step.
+
+        Args:
+            metrics: a dict of scalar tensors, on the device.
+        """
+        self.step += 1
+        self.steps_since_last_line += 1
+        self.images_seen += self.images_per_step
+        if self.pending and self.pending[-1].keys() != metrics.keys():
+            self.pending = []  # resumed with other terms in the loss
+        self.pending.append(metrics)
+        self.progress.update(self.images_per_step)
+
+    def is_due(self, every):
+        """Whether something that is done every so many steps is to be done now; never where `every` is None."""
+        return every is not None and self.step % every == 0
+
+    def write_metrics(self):
+        """Appends a line to metrics.jsonl: the means since the line before."""
+        self._write_line()
+        self.pending, self.last_line, self.steps_since_last_line = [], time.perf_counter(), 0
+
+    def _write_line(self):
+        metrics = self._mean_metrics()
+        if not self.is_rank_zero:
+            return
+        speed = self.steps_since_last_line * self.images_per_step / (time.perf_counter() - self.last_line)
+        metrics["images_per_second"] = round(speed, 2)
+        append_metrics(self.out, {"step": self.step, "images": self.images_seen, **metrics,
+                                  "elapsed_seconds": round(self._elapsed(), 2)})
+        self._add_to_tensorboard(metrics)
+        shown = {short: f"{metrics[name]:.3g}" for short, name in (
+            ("W", "wasserstein_distance"), ("GP", "gradient_penalty"), ("rec", "reconstruction")) if name in metrics}
+        if self.progress.disable:  # not a terminal: lines instead of a bar
+            remaining = (self.total_steps - self.step) * self.images_per_step
+            left = f"  {tqdm.format_interval(remaining / speed)} left" if speed else ""
+            say(f"step {self.step}/{self.total_steps}  " + "  ".join(f"{name} {value}" for name, value in shown.items())
+                + f"  {speed:.1f} images/s{left}")
+        self.progress.set_postfix(shown, refresh=False)
+
+    def _mean_metrics(self):
+        """The means over the steps since the last line, read from the device; raises if one of them was not finite."""
+        if not self.pending:
+            return {}
+        names, values = list(self.pending[0]), self._pending_values().cpu()  # a row for each step
+        bad = (~values.isfinite()).nonzero().tolist()
+        if bad:
+            row, column = bad[0]  # the first term of the earliest step
+            raise TrainingError(
+                f"step {self.step - len(values) + row + 1}: {names[column]} is {values[row, column]}. That update was not "
+                f"made, and the newest checkpoint in {self.out / 'checkpoints'} is from before it. Lower "
+                "--critic-learning-rate and --generator-learning-rate")
+        return dict(zip(names, values.mean(dim=0).tolist(), strict=True))
+
+    def _pending_values(self):
+        return torch.stack([torch.stack([value.float() for value in metrics.values()]) for metrics in self.pending])
+
+    def _elapsed(self):
+        return self.elapsed_seconds + time.perf_counter() - self.start
+
+    @torch.no_grad()
+    def draw_samples(self):
+        """Draws images of fixed noise, reconstructions and alpha, by the averaged generator, and the curves of the log."""
+        if not self.is_rank_zero:
+            return
+        started = time.perf_counter()
+        vae, device, batch = self.gan.averaged, self.gan.device, self.config.batch_size
+        decoded = [vae.decode_parts(z.to(device)) for z in self.noise.split(batch)]
+        self._draw("samples", grid(torch.cat([part.images.cpu() for part in decoded]), columns=COLUMNS))
+        real = self.reals[:2 * COLUMNS]
+        again = torch.cat([vae.decode(vae.encode(part.to(device))[0]).cpu() for part in real.split(batch)])
+        rows = torch.cat([real[:COLUMNS], again[:COLUMNS], real[COLUMNS:], again[COLUMNS:]])
+        self._draw("reconstructions", grid(rows, columns=COLUMNS))
+        if decoded[0].alpha is not None:
+            before, alpha, after = (torch.cat([getattr(part, name).cpu() for part in decoded])[:COLUMNS]
+                                    for name in ("before", "alpha", "images"))
+            self._draw("alpha_maps", alpha_picture(before, alpha, after, columns=2))
+        draw_curves(self.out)
+        self.last_line += time.perf_counter() - started  # drawing is not counted in images per second
+
+    def _draw(self, kind, picture):
+        save_picture(picture, self.out / kind / f"step_{self.step:07d}.png")
+        if self.tensorboard:
+            self.tensorboard.add_image(kind, picture, self.step)
+
+    @torch.no_grad()
+    def measure(self):
+        """Logs the sliced Wasserstein distance between generated and real images; keeps the best generator as best.pt."""
+        if not self.is_rank_zero:
+            return
+        started = time.perf_counter()
+        seed, vae, before = self.config.seed, self.gan.averaged, read_metrics(self.out)
+        real = evenly_spaced(self.data.images, NUM_MEASURED)
+        noise = latent_noise(seed, range(len(real)), self.config.latent_dim).split(self.config.batch_size)
+        fake = torch.cat([vae.decode(z.to(self.gan.device)).cpu() for z in noise])
+        distances = sliced_wasserstein(real, fake, generator=random_generator(seed, "patches"))
+        metrics = {"sliced_wasserstein": statistics.mean(distances.values())}
+        append_metrics(self.out, {"step": self.step} | metrics)
+        self._add_to_tensorboard(metrics)
+        best = min((line.get("sliced_wasserstein", math.inf) for line in before), default=math.inf)
+        if metrics["sliced_wasserstein"] < best:
+            state = {"step": self.step} | self._facts() | self.gan.state()
+            save_generator(self.out / "checkpoints" / "best.pt", state)
+        self.last_line += time.perf_counter() - started  # measuring is not counted in images per second
+
+    def _add_to_tensorboard(self, metrics):
+        for name, value in metrics.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(name, value, self.step)
+
+    def save(self):
+        """Writes a checkpoint, unless something in it is not finite."""
+        self._mean_metrics()
+        state = self.gan.state()
+        if not all(tensor.isfinite().all() for tensor in self.gan.tensors()):
+            raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
+        if self.is_rank_zero:
+            save_checkpoint(self.out / "checkpoints", self.step, self._facts() | state, keep=self.config.keep_checkpoints)
+
+    def _facts(self):
+        """What a checkpoint holds beside the state of the networks."""
+        pending = {}
+        if self.pending:
+            columns = self._pending_values().cpu().unbind(1)
+            pending = {name: column.clone() for name, column in zip(self.pending[0], columns, strict=True)}
+        return {"images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
+                "config": dataclasses.asdict(self.config), "model_arguments": self.config.model_arguments(),
+                "pending_metrics": pending}
+
+    def finish(self):
+        """Logs, saves and draws the last step, where it was not its turn, and prints how the run has ended."""
+        if self.step > 0:
+            if self.pending:
+                self._write_line()  # and keeps what is pending: the line is written anew when the run goes on
+            if not self.is_due(self.config.checkpoint_every):
+                self.save()
+            if not self.is_due(self.config.sample_every):
+                self.draw_samples()
+        again = "the same command without --fresh" if self.config.fresh else "the same command"
+        if self.step == self.total_steps:
+            say(f"done: {self.step} steps; look at {self.out / 'samples' / f'step_{self.step:07d}.png'}")
+        elif self.step > 0:
+            say(f"stopped after step {self.step}, saved; {again} goes on from there")
+        else:
+            say("stopped before the first step, so there was nothing to save")
+
+
+def append_metrics(folder, metrics):
+    """Appends a dict of plain values to metrics.jsonl, as one line."""
+    append_line(folder / "metrics.jsonl", json.dumps(metrics))
+
+
+def read_metrics(folder):
+    """Returns the lines of metrics.jsonl, as dicts."""
+    log = folder / "metrics.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def draw_curves(folder):
+    """Draws the numbers of metrics.jsonl over the steps as curves.png, where matplotlib is installed and there are any."""
+    lines = read_metrics(folder)
+    names = [name for name in dict.fromkeys(itertools.chain(*lines)) if name not in ("step", "images", "elapsed_seconds")]
+    if not names:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    for place, name in enumerate(names, start=1):
+        panel = figure.add_subplot(-(-len(names) // CURVES_PER_ROW), CURVES_PER_ROW, place, title=name)
+        panel.plot(*zip(*((line["step"], line[name]) for line in lines if name in line), strict=True), marker=".")
+    with atomic_write(folder / "curves.png") as file:
+        figure.savefig(file)
+
+
+def _open_tensorboard(folder, step):
+    """Returns TensorBoard's writer; what an earlier process wrote after `step` is hidden."""
+    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+    return SummaryWriter(folder, purge_step=step + 1)

@@ -1,0 +1,211 @@
+"""One update of the critic and one of the generator: the step of a WGAN-GP whose generator is a VAE.
+
+Source: Gulrajani et al. 2017 (arXiv:1704.00028), algorithm 1.
+"""
+import copy
+
+import torch
+
+import distributed
+from augmentation import augment
+from checkpointing import check_tensors
+from losses import combined_wasserstein_loss, generator_loss, kl_divergence, reconstruction_loss
+from model_definitions import VAE, Discriminator
+from randomness import random_generator
+
+# Momentum in the critic's gradient unsettles the penalty (Gulrajani et al. 2017). GAN.gradients and the skipping of updates
+# that are not finite rest on this 0: Adam's first moment is then the last gradient.
+ADAM_BETA1 = 0.0
+NETWORKS = ("generator", "averaged", "critic")
+
+
+class GAN:
+    """The networks, the average of the generator (EMA), the optimizers, and one update of each network.
+
+    Updates take tensors and never call .item(): the CPU does not wait for the GPU. Everything a run can set comes from one
+    Config, which this class reads as it is.
+
+    Attributes:
+        generator, critic: a VAE and a Discriminator, on `device`.
+        averaged: a VAE in evaluation mode without gradients, whose weights are a moving average of the generator's.
+        input_gradient: see losses.gradient_penalty; None for autograd.
+    """
+
+    def __init__(self, config, device):
+        torch.manual_seed(random_generator(config.seed, "weights").initial_seed())
+        self.config, self.device, self.input_gradient = config, device, None
+        self.generator = VAE(**config.model_arguments()).to(device)
+        self.critic = Discriminator(image_size=config.image_size, base_channels=config.base_channels).to(device)
+        # Convolutions are fastest in channels_last. The CNN is left out: its input is made frame by frame.
+        for convolutions in (self.generator.encoder, self.generator.decoder, self.critic):
+            convolutions.to(memory_format=torch.channels_last)
+        self.averaged = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.critic_optimizer = make_adam(self.critic, config.critic_learning_rate, config.adam_beta2)
+        self.generator_optimizer = make_adam(self.generator, config.generator_learning_rate, config.adam_beta2)
+
+    def critic_update(self, real, z, mixing, augment_numbers):
+        """Updates the critic once; returns its metrics, detached. Arguments as in critic_losses."""
+        metrics, norm = descend(self.critic_optimizer, *self.critic_losses(real, z, mixing, augment_numbers))
+        return metrics | {"critic_gradient_norm": norm}
+
+    def critic_losses(self, real, z, mixing, augment_numbers):
+        """Returns the loss that the critic minimises, and its metrics.
+
+        Args:
+            real: (N, C, H, W) in [0, 1].
+            z: (N, Z) standard normal.
+            mixing: (N, 1, 1, 1) uniform in [0, 1].
+            augment_numbers: (N, NUM_AUGMENT_NUMBERS) uniform in [0, 1].
+        """
+        metrics = {}
+        with self._autocast():
+            with torch.no_grad():
+                fake = self.generator.decode(z)
+            real, fake = self._augment(real, augment_numbers), self._augment(fake, augment_numbers)
+            loss = combined_wasserstein_loss(self.critic, real, fake, weight=self.config.gradient_penalty_weight,
+                                             mixing=mixing, input_gradient=self.input_gradient, metrics=metrics)
+        return loss, metrics | {"critic_loss": loss}
+
+    def generator_update(self, real, z, noise, augment_numbers, ema_weight):
+        """Updates the VAE with its CNN and layer once, then their average; returns their metrics, detached.
+
+        Args:
+            real, z, noise, augment_numbers: as in generator_losses.
+            ema_weight: a scalar tensor in [0, 1], by how much the average moves towards the new weights.
+        """
+        self.critic.requires_grad_(False)
+        try:
+            metrics, norm = descend(self.generator_optimizer, *self.generator_losses(real, z, noise, augment_numbers))
+        finally:
+            self.critic.requires_grad_(True)
+        with torch.no_grad():
+            for average, new in zip(self.averaged.parameters(), self.generator.parameters(), strict=True):
+                average.lerp_(new, ema_weight)
+            if distributed.world_size() > 1:  # each process has updated running statistics from its own shard of the batch
+                distributed.all_reduce_mean_(running_statistics(self.generator) + running_statistics(self.critic))
+            for average, new in zip(self.averaged.buffers(), self.generator.buffers(), strict=True):
+                average.copy_(new)
+        return metrics | {"generator_gradient_norm": norm}
+
+    def generator_losses(self, real, z, noise, augment_numbers):
+        """Returns the loss that the VAE minimises, and its metrics.
+
+        Args:
+            real, z, augment_numbers: as in critic_losses.
+            noise: (N, Z) standard normal, for the latent vectors of the real images.
+        """
+        weights = self.config.reconstruction_weight, self.config.kl_weight
+        with self._autocast():
+            if any(weights):
+                mu, logvar = self.generator.encode(real)
+                z = torch.cat([z, self.generator.reparameterize(mu, logvar, noise=noise)])
+            decoded = self.generator.decode_parts(z)
+            generated, reconstruction = decoded.images[:len(real)], decoded.images[len(real):]
+            loss = generator_loss(self.critic(self._augment(generated, augment_numbers)))
+            metrics = {"generator_loss": loss}
+            if any(weights):
+                metrics["reconstruction"] = reconstruction_loss(reconstruction, real)
+                metrics["kl_divergence"] = kl_divergence(mu, logvar)
+                loss = loss + weights[0] * metrics["reconstruction"] + weights[1] * metrics["kl_divergence"]
+        if decoded.alpha is not None:
+            metrics["alpha"] = decoded.alpha.mean()
+        return loss, metrics
+
+    def set_learning_rates(self, images):
+        """Sets the learning rates for a step that ends when the generator has been trained on `images` images.
+
+        They rise linearly over config.warm_up_images and fall as 1 / images after config.decay_after_images. The schedule
+        does not depend on --steps, so a run can be extended. Without the rise, the first steps of Adam can leave all ReLUs
+        of a generator dead.
+        """
+        config = self.config
+        factor = min(1, images / max(config.warm_up_images, 1), config.decay_after_images / images)
+        for optimizer, rate in ((self.generator_optimizer, config.generator_learning_rate),
+                                (self.critic_optimizer, config.critic_learning_rate)):
+            optimizer.param_groups[0]["lr"].fill_(rate * factor)
+
+    def gradients(self):
+        """Returns the gradient of the last update of each network, a dict of vectors: Adam's first moment, as beta1 is 0."""
+        return {name: torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
+                for name, optimizer in (("generator", self.generator_optimizer), ("critic", self.critic_optimizer))}
+
+    def state(self):
+        """Returns what a checkpoint has to hold, as nested dicts of the tensors themselves, buffers included."""
+        return ({name: getattr(self, name).state_dict() for name in NETWORKS}
+                | {name: getattr(self, name).state_dict()["state"] for name in ("generator_optimizer", "critic_optimizer")})
+
+    def tensors(self):
+        """Returns all tensors that the updates change, to be read or overwritten in place."""
+        return list(_leaves(self.state()))
+
+    def load_state(self, state):
+        """Copies a saved state, after checking that all of it fits. Learning rates and the like stay those of the config.
+
+        Raises:
+            CheckpointError: what is missing, of another shape or type, or not finite.
+        """
+        own = self.state()
+        for name, expected in own.items():
+            check_tensors(state[name], expected, name)
+        for tensor, saved in zip(_leaves(own), _leaves(state, own), strict=True):
+            tensor.copy_(saved)
+
+    def num_parameters(self):
+        """Returns the numbers of parameters of the generator and of the critic."""
+        return [sum(p.numel() for p in network.parameters()) for network in (self.generator, self.critic)]
+
+    def state_bytes(self):
+        """Returns the bytes of weights and optimizer state, about the size of a checkpoint."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def _augment(self, images, augment_numbers):
+        return augment(images, augment_numbers) if self.config.augment else images
+
+
+def _leaves(tensors, order=None):
+    """The tensors in nested dicts, in the order of `order`."""
+    for name, value in (order or tensors).items():
+        if isinstance(value, dict):
+            yield from _leaves(tensors[name], value)
+        else:
+            yield tensors[name]
+
+
+def running_statistics(network):
+    """Returns the floating-point buffers that a checkpoint holds, such as those of batch norm and spectral norm."""
+    saved = network.state_dict()
+    return [buffer for name, buffer in network.named_buffers() if name in saved and buffer.is_floating_point()]
+
+
+def make_adam(network, learning_rate, beta2):
+    """Returns an Adam whose moments exist from the start, not from the first step on."""
+    parameters = list(network.parameters())
+    on_cuda = parameters[0].is_cuda
+    rate = torch.tensor(learning_rate, device=parameters[0].device)  # a tensor, so that a captured update reads it anew
+    optimizer = torch.optim.Adam(parameters, lr=rate, betas=(ADAM_BETA1, beta2), fused=True, capturable=on_cuda)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # gradients are zero, so nothing moves
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    return optimizer
+
+
+def descend(optimizer, loss, metrics):
+    """Takes one optimizer step; returns the metrics and the norm of the gradient, detached, as means over all processes.
+
+    Where the loss or the norm is not finite, no weight changes.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    values = torch.stack([loss, *metrics.values()]).detach()
+    distributed.all_reduce_mean_([*gradients, values])
+    norm = torch.nn.utils.get_total_norm(gradients)
+    optimizer.found_inf = (~torch.isfinite(norm + values[0])).float()  # fused Adam skips its step, on the device
+    optimizer.step()
+    return dict(zip(metrics, values[1:].unbind(), strict=True)), norm
