@@ -273,3 +273,9 @@ def test_a_generator_is_not_built_before_the_file_is_known_to_hold_it(tmp_path, 
     with pytest.raises(CheckpointError, match=f"step_0000001.pt: .*{said}") as caught:
         load_generator(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_generator_is_found_in_the_home_directory_and_is_in_evaluation_mode(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_checkpoint(tmp_path / "saved", 3, STATE, keep=1)
+    assert not load_generator("~/saved/step_0000003.pt").training

@@ -1,5 +1,7 @@
 import random
 
+import pytest
+
 from demo_images import SHAPES, SIZE, draw_demo_images, draw_shape
 from image_data import find_images
 
@@ -21,3 +23,13 @@ def test_the_same_seed_draws_the_same_picture_and_others_differ():
         assert first.size == (SIZE, SIZE)
         assert first.tobytes() == again.tobytes() != other.tobytes()
         assert len(first.getcolors(SIZE * SIZE)) > 2
+
+
+def test_a_folder_of_other_files_is_not_taken_for_the_demo(tmp_path):
+    folder = draw_demo_images(tmp_path / "demo", 12)
+    assert draw_demo_images(folder, 12) == folder
+    (folder / ".DS_Store").touch()
+    assert draw_demo_images(folder, 12) == folder
+    (folder / "mine.png").touch()
+    with pytest.raises(FileExistsError, match="holds other files than the demo draws"):
+        draw_demo_images(folder, 12)

@@ -108,6 +108,15 @@ def test_inception_is_asked_for_in_one_line_where_it_is_missing(data, monkeypatc
         figures(torch.rand(48, 3, 32, 32), data, inception=True)
 
 
+def test_a_perfect_generator_has_the_distances_of_real_images(data):
+    images = load_images(data, 32, cache_dir="cache").images / 255
+    metrics = figures(images, data)
+    sizes = [name for name in metrics if name.startswith("sliced_wasserstein") and not name.endswith("_real")]
+    assert len(sizes) == 2
+    for name in sizes:
+        assert metrics[name] == pytest.approx(metrics[f"{name}_real"], rel=1e-4)
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["nowhere", "--data", "data"], "nowhere: no such file"),
     (["code.pt", "--data", "data"], "code.pt: not a checkpoint, or a damaged one"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from helpers import frames_in, read
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from pictures import CLIP_FORMATS, SCALE_HEIGHT, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
 
@@ -82,3 +82,15 @@ def test_an_alpha_that_is_the_same_everywhere_is_one_colour():
     almost[..., :16] += 1e-5
     picture = alpha_picture(torch.zeros(1, 3, 32, 32), almost, torch.ones(1, 3, 32, 32), columns=1)
     assert (picture[:, 2:34, 36:52] - picture[:, 2:34, 52:68]).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(("ending", "rate"), [("gif", 8), ("gif", 30), ("webp", 24)])
+def test_a_clip_runs_as_long_as_its_frames_at_a_rate_that_is_no_whole_number_of_ticks(tmp_path, ending, rate):
+    frames = torch.linspace(0.1, 0.9, 24).view(24, 1, 1, 1).expand(24, 3, 8, 8)
+    save_clip(frames, tmp_path / f"clip.{ending}", frames_per_second=rate)
+    with Image.open(tmp_path / f"clip.{ending}") as image:
+        durations = []
+        for frame in ImageSequence.Iterator(image):
+            frame.load()
+            durations.append(frame.info["duration"])
+    assert sum(durations) == pytest.approx(24_000 / rate, abs=10)
