@@ -207,3 +207,24 @@ def test_a_run_that_torchrun_starts_again_ends_as_one_that_never_broke(image_fol
     run_processes(2, "--data", image_folder, *settings, "--out", "straight")
     assert_same(newest(pathlib.Path("straight")), newest(pathlib.Path("runs/images")))
     assert metrics(pathlib.Path("straight")) == metrics(pathlib.Path("runs/images"))
+
+
+def take_steps_with_statistics():
+    """A step of networks with running statistics; every process leaves what a checkpoint would hold."""
+    from torch import nn
+
+    distributed.start(torch.device("cpu"))
+    gan = training.GAN(Config(data="x", **TINY), torch.device("cpu"))
+    gan.critic.blocks.insert(1, nn.BatchNorm2d(4))
+    gan.critic_optimizer = wgan_gp.make_adam(gan.critic, 1e-3, 0.9)
+    images = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    training.training_step(gan, images, 0, 0)
+    torch.save(gan.critic.state_dict(), f"statistics{distributed.rank()}")
+    distributed.stop()
+
+
+def test_running_statistics_are_the_same_in_all_processes():
+    run_processes(2, first=take_steps_with_statistics)
+    first, second = (torch.load(f"statistics{rank}", weights_only=True) for rank in range(2))
+    assert first["blocks.1.running_mean"].abs().sum() > 0
+    assert all(torch.equal(first[name], second[name]) for name in first)

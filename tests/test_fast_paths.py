@@ -204,14 +204,14 @@ class OtherForwardCritic(Discriminator):
 
 
 class GatedCritic(Discriminator):
-    """Computes the same as a Discriminator until its gate is trained."""
+    """Computes the same as a Discriminator, with the same gradients, until its gate has been trained."""
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = nn.Parameter(torch.zeros(2))
 
     def forward(self, images):
-        return super().forward(images) + self.gate * images.flatten(1).sin().sum(dim=1)
+        return super().forward(images) + self.gate.prod() * images.flatten(1).sin().sum(dim=1)
 
 
 class RegularizedCritic(Discriminator):

@@ -726,6 +726,17 @@ def test_schedules_and_beta_are_settings_that_are_used_and_reported(train_tiny, 
     assert tiny_gan(adam_beta2=0.99).critic_optimizer.param_groups[0]["betas"] == (0.0, 0.99)
 
 
+def test_a_checkpoint_of_before_the_schedules_were_settings_counted_steps(train_tiny, capfd):
+    state = newest(train_tiny(steps=1, out="run"))
+    for name in ("warm_up_images", "decay_after_images", "adam_beta2", "ema_ramp"):
+        del state["config"][name]
+    save_checkpoint(pathlib.Path("run/checkpoints"), state.pop("step"), state, keep=1)
+    train_tiny(steps=2, out="run")
+    warnings = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: --warm-up-images was 2000, is 8000 from here on",
+                        "warning: --decay-after-images was 32000, is 128000 from here on"]
+
+
 def test_fewer_steps_than_a_line_of_the_log_leave_one_and_a_resumed_run_writes_it_anew(train_tiny):
     run = train_tiny(steps=3, log_every=50)
     assert [line["step"] for line in metrics(run)] == [3]
@@ -752,7 +763,9 @@ def test_a_run_stopped_before_its_first_step_does_not_say_that_it_was_saved(imag
     interrupt = Interrupt()
     interrupt.received = signal.SIGINT
     run = training.train(tiny_config(data=str(image_folder), steps=5), interrupt=interrupt)
-    assert "stopped before the first step, so there was nothing to save" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "stopped before the first step, so there was nothing to save" in said
+    assert "saved" not in said
     assert not (run / "checkpoints").exists()
 
 
