@@ -19,7 +19,7 @@ import training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-TEXTS = README + (ROOT / "docs" / "speed.md").read_text() + (ROOT / "docs" / "robustness.md").read_text()
+TEXTS = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("speed", "robustness", "experiments"))
 TINY_OPTIONS = [part for name, value in TINY.items() for part in ("--" + name.replace("_", "-"), str(value))]
 
 
@@ -106,11 +106,9 @@ def test_experiments_append_a_row_for_each_run_once(image_folder):
 
 def test_notebook_lines_work():
     os.symlink(ROOT / "pretrained", "pretrained")
-    load, use, layer, step, tensor = blocks("python")
-    assert len(load.splitlines()) == 2
-    namespace = runpy.run_path(_written(load + use))
+    alone, step, tensor = blocks("python")
     decoder = nn.Sequential(nn.Linear(5, 3 * 64 * 64), nn.Sigmoid(), nn.Unflatten(1, (3, 64, 64)))
-    namespace |= runpy.run_path(_written(layer), init_globals={"torch": torch, "decoder": decoder})
+    namespace = runpy.run_path(_written(alone), init_globals={"torch": torch, "decoder": decoder})
     assert namespace["after"].shape == namespace["images"].shape == (8, 3, 64, 64)
     assert namespace["mu"].shape == (8, 32)
     assert namespace["model"](torch.rand(2, 5)).shape == (2, 3, 64, 64)
