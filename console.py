@@ -65,7 +65,7 @@ def stop_signals(handler):
             signal.signal(number, signal.SIG_DFL if old is None else old)  # None: not set from Python
 
 
-class Interrupt:
+class Interrupt(contextlib.ExitStack):
     """Turns Ctrl-C, SIGTERM and SIGHUP into a request to finish the step, save and stop, while its `with` block runs.
 
     Before `defer` and at a second Ctrl-C it raises KeyboardInterrupt.
@@ -76,17 +76,14 @@ class Interrupt:
     """
 
     def __init__(self):
+        super().__init__()
         self.received = 0
         self.deferred = False
 
     def __enter__(self):
         self._on_terminal = os.isatty(2)
-        self._signals = stop_signals(self._handle)
-        self._signals.__enter__()
+        self.enter_context(stop_signals(self._handle))
         return self
-
-    def __exit__(self, *error):
-        return self._signals.__exit__(*error)
 
     def defer(self):
         """From here on a signal is only noted, for received_by_any; before, it raises KeyboardInterrupt at once."""

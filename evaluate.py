@@ -7,19 +7,12 @@ import sys
 import torch
 from tqdm import tqdm
 
+import image_metrics
 from checkpointing import CheckpointError, load_generator
 from config import DEVICES, Settings, add_options, missing_package, option, source_and_options
 from console import print_error, program_output, say
 from devices import DeviceError, pick_device
 from image_data import DataError, evenly_spaced, load_images
-from image_metrics import (
-    diversity,
-    inception_distances,
-    nearest_distance,
-    reconstruction_error,
-    sliced_wasserstein,
-    thumbnails,
-)
 from randomness import latent_noise, random_generator
 
 BATCH = 16
@@ -80,21 +73,21 @@ def evaluate(vae, options):
     half = len(real) // 2
     metrics = {"num_images": len(real), "image_size": real.shape[-1]}
     for name, other in (("", fake), ("_real", real)):
-        distances = sliced_wasserstein(real[:2 * half:2], other[1:2 * half:2],
-                                       generator=random_generator(options.seed, "patches"))
+        distances = image_metrics.sliced_wasserstein(real[:2 * half:2], other[1:2 * half:2],
+                                                     generator=random_generator(options.seed, "patches"))
         metrics |= {f"sliced_wasserstein_{side}px{name}": distance for side, distance in distances.items()}
-    known = torch.cat([thumbnails(evenly_spaced(part, len(part))) for part in training.split(1_000)])
+    known = torch.cat([image_metrics.thumbnails(evenly_spaced(part, len(part))) for part in training.split(1_000)])
     unseen = evenly_spaced(_load(options.held_out, vae, options), options.num_images) if options.held_out else None
-    small_real, small_fake = thumbnails(real), thumbnails(fake)
+    small_real, small_fake = image_metrics.thumbnails(real), image_metrics.thumbnails(fake)
     metrics |= {
-        "diversity": diversity(small_fake),
-        "diversity_real": diversity(small_real),
-        "nearest_training_image": nearest_distance(small_fake, known),
-        "nearest_training_image_real": (nearest_distance(small_real, known, rank=2) if unseen is None
-                                        else nearest_distance(thumbnails(unseen), known)),
-        "reconstruction_error": reconstruction_error(vae, (real if unseen is None else unseen).to(device)),
+        "diversity": image_metrics.diversity(small_fake),
+        "diversity_real": image_metrics.diversity(small_real),
+        "nearest_training_image": image_metrics.nearest_distance(small_fake, known),
+        "nearest_training_image_real": (image_metrics.nearest_distance(small_real, known, rank=2) if unseen is None
+                                        else image_metrics.nearest_distance(image_metrics.thumbnails(unseen), known)),
+        "reconstruction_error": image_metrics.reconstruction_error(vae, (real if unseen is None else unseen).to(device)),
     }
-    return metrics | inception_distances(real, fake, device) if options.inception else metrics
+    return metrics | image_metrics.inception_distances(real, fake, device) if options.inception else metrics
 
 
 def _load(folder, vae, options):

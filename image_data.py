@@ -319,7 +319,7 @@ def as_image_set(data, name):
     return data, f"{name} ({digest.hexdigest()})"
 
 
-def to_device_where_it_fits(images, device):
+def to_device_if_it_fits(images, device):
     """Returns uint8 images on the GPU where they take at most half of its free memory, else as they are."""
     if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
         return images.to(device)

@@ -63,7 +63,7 @@ class RunLog:
         self.images_per_step = config.batch_size * config.critic_steps
         self.total_steps = (config.steps if config.epochs is None
                             else math.ceil(config.epochs * len(data.images) / self.images_per_step))
-        self.first_step, self.steps_since_last_line = self.step, 0
+        self.steps_since_last_line = 0
         self.noise = latent_noise(config.seed, range(NUM_SAMPLES), config.latent_dim)
         first = batch_indices(len(data.images), 0, NUM_SAMPLES, seed=config.seed)
         self.reals = as_float_images(data.images, first, torch.device("cpu"))

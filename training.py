@@ -20,15 +20,7 @@ from data_report import check_data
 from demo_images import draw_demo_images
 from devices import DeviceError, keep_freed_memory, pick_device
 from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
-from image_data import (
-    DataError,
-    as_float_images,
-    as_image_set,
-    batch_indices,
-    load_images,
-    to_device,
-    to_device_where_it_fits,
-)
+from image_data import DataError, as_float_images, as_image_set, batch_indices, load_images, to_device, to_device_if_it_fits
 from randomness import random_generator
 from resuming import RunFolderError, find_run, resolve_settings
 from run_log import RunLog, TrainingError
@@ -64,7 +56,7 @@ def train(config, *, data=None, interrupt=None, after_step=None):
         if log.step >= log.total_steps and not config.dry_run:
             say(f"{log.out} has all of its {log.step} steps: nothing is left to do. A larger --steps goes on from here")
             return log.out
-        images = to_device_where_it_fits(log.data.images, gan.device)
+        images = to_device_if_it_fits(log.data.images, gan.device)
         use_fast_paths(gan, images)
         if config.dry_run:
             metrics = training_step(gan, images, log.step, log.images_seen)

@@ -31,7 +31,7 @@ from config import Config
 from demo_images import draw_demo_images
 from devices import keep_freed_memory, pick_precision
 from fast_paths import convolve_as_matrix_product, written_out_gradient
-from image_data import as_float_images, batch_indices, load_images, to_device_where_it_fits
+from image_data import as_float_images, batch_indices, load_images, to_device_if_it_fits
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
 from wgan_gp import GAN
@@ -290,7 +290,7 @@ def scale(setting):
         keep_freed_memory()
         config = Config(data="simulated", image_size=size, batch_size=batch, precision=pick_precision(DEVICE))
         gan = GAN(config, DEVICE)
-        images = to_device_where_it_fits(images, DEVICE)
+        images = to_device_if_it_fits(images, DEVICE)
         training.use_fast_paths(gan, images)
         times = []
         for step in range(3 + ROUNDS):  # a file just written, or read once, is in memory; one full of holes is not
