@@ -96,7 +96,7 @@ def test_held_out_images_take_the_place_of_training_images(checkpoint, data):
 
 def test_inception_adds_its_figures_of_the_generated_images(data, monkeypatch):
     fake = torch.rand(24, 3, 32, 32)
-    monkeypatch.setattr(evaluate, "inception_distances", lambda real, generated, device: {
+    monkeypatch.setattr(evaluate.image_metrics, "inception_distances", lambda real, generated, device: {
         "frechet_inception_distance": (generated - fake).abs().max().item(), "images": len(real)})
     found = figures(torch.cat([fake, fake]), data, inception=True)
     assert (found["frechet_inception_distance"], found["images"]) == (0, 24)
