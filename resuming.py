@@ -72,7 +72,7 @@ def choose_run_folder(base, identity, *, exactly, fresh):
     name = base.name or "run"
     numbered = {int(path.name.removeprefix(f"{name}-")): path for path in base.parent.glob("*")
                 if re.fullmatch(rf"{re.escape(name)}-[1-9]\d{{0,8}}", path.name)}
-    same = {number: path for number, path in {1: base, **numbered}.items()
+    same = {number: path for number, path in {**numbered, 1: base}.items()
             if identity.items() <= _saved_config(path).items()}
     if exactly and not fresh:
         folder = base
@@ -185,7 +185,7 @@ def _lines_up_to(step, last_logged, text):
             last = last_logged if "images" in values else step  # lines of measurements have no means
             if values["step"] <= last:
                 yield line + "\n"
-        except (KeyError, RecursionError, TypeError, ValueError):  # torn by a crash
+        except (KeyError, RecursionError, TypeError, ValueError):  # an incomplete line, after a crash
             continue
 
 

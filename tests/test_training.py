@@ -755,7 +755,8 @@ def test_a_hole_in_the_numbering_does_not_lose_a_run(train_tiny):
         train_tiny(steps=1, fresh=True)
     shutil.rmtree("runs/images-2")
     assert train_tiny(steps=2) == pathlib.Path("runs/images-3")
-    os.mkdir("runs/images-128")  # of something else
+    for number in (1, 128):  # of something else
+        os.mkdir(f"runs/images-{number}")
     assert train_tiny(steps=1, fresh=True) == pathlib.Path("runs/images-4")
 
 
