@@ -9,7 +9,6 @@ from nbclient import NotebookClient
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_the_notebook_runs_from_top_to_bottom_and_shows_pictures(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.delenv("OMP_NUM_THREADS")
     os.symlink(ROOT / "pretrained", "pretrained")
     notebook = nbformat.read(ROOT / "explore.ipynb", as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": os.getcwd()}}).execute()
