@@ -48,27 +48,21 @@ def report(folder, size, files):
         _counts("width x height", (f"{facts.width} x {facts.height}" for facts in good)),
         _counts("mode", (facts.mode for facts in good)),
         _counts("ignored files, by extension", _other_files(folder)),
-        _names(f"smaller than {size} px, enlarged", small),
-        _names("the same picture as another", same),
+        _listing(f"smaller than {size} px, enlarged: {len(small)}\n  ", small, "\n  "),
+        _listing(f"the same picture as another: {len(same)}\n  ", same, "\n  "),
     ]
     return "\n".join(line for line in lines if line)
 
 
 def _counts(title, values):
-    """A line with the number of times each value occurs, "" if there are none."""
-    counts = Counter(values).most_common()
-    if not counts:
-        return ""
-    more = f" and {len(counts) - LISTED} others" if len(counts) > LISTED else ""
-    return f"{title}: " + ", ".join(f"{name} ({count})" for name, count in counts[:LISTED]) + more
+    """A line with the number of times each value occurs."""
+    return _listing(f"{title}: ", [f"{name} ({count})" for name, count in Counter(values).most_common()], ", ")
 
 
-def _names(title, names):
-    """The number of names and the first of them, a line each, "" if there are none."""
-    if not names:
-        return ""
-    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
-    return "\n  ".join([f"{title}: {len(names)}", *names[:LISTED], *more])
+def _listing(title, entries, separator):
+    """The title and the first entries, "" if there are none."""
+    more = [f"and {len(entries) - LISTED} more"] if len(entries) > LISTED else []
+    return title + separator.join([*entries[:LISTED], *more]) if entries else ""
 
 
 def _other_files(folder):

@@ -27,17 +27,14 @@ def pick_device(name):
 
 def pick_precision(device):
     """Returns "bfloat16" where the device computes fast in it, else "float32"."""
+    fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and _cpu_has_bfloat16()
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # public from torch 2.14 on
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if fast else "float32"
-
-
-def _cpu_has_bfloat16():
-    if hasattr(torch.cpu, "get_capabilities"):  # public from torch 2.14 on
-        return torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def keep_freed_memory():

@@ -25,7 +25,7 @@ def start(device):
 
         store, own_rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         # torchrun keeps the store when it restarts the processes, and in it the addresses of those that are gone.
-        store = dist.PrefixStore(f"attempt {_restarts()}", store)
+        store = dist.PrefixStore(f"attempt {num_restarts()}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, store=store,
                                 rank=own_rank, world_size=size)
 
@@ -47,12 +47,8 @@ def world_size():
     return dist.get_world_size() if _is_initialized() else 1
 
 
-def restarted():
-    """Whether torchrun has started this process again after a failure."""
-    return _restarts() > 0
-
-
-def _restarts():
+def num_restarts():
+    """Returns how often torchrun has started this process again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 

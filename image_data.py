@@ -203,11 +203,9 @@ def _fingerprint(folder, paths, size):
 
 
 def _size_and_time(path):
-    try:
-        facts = path.stat()
-    except OSError:  # a dangling link, say; reading it will tell
-        return ()
-    return facts.st_size, facts.st_mtime_ns
+    with contextlib.suppress(OSError):  # a broken link, say, which decoding will name
+        return path.stat().st_size, path.stat().st_mtime_ns
+    return ()
 
 
 @contextlib.contextmanager

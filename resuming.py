@@ -40,7 +40,7 @@ def find_run(config, *, name, folder):
         RunFolderError, CheckpointError: what cannot be used, and what would do.
     """
     identity = {"data": config.data, **config.model_arguments()}
-    fresh = config.fresh and not distributed.restarted()
+    fresh = config.fresh and not distributed.num_restarts()
     out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh)
     if folder and pathlib.Path(os.path.realpath(out)).is_relative_to(folder):
         raise RunFolderError(f"--out: {out} is inside --data {folder}, and its pictures would be trained on")

@@ -74,7 +74,7 @@ class RunLog:
     def describe(self):
         """Prints what is trained on what, and what has changed since the checkpoint."""
         config, data = self.config, self.data
-        generator, critic = self.gan.num_parameters()
+        generator, critic = (sum(p.numel() for p in network.parameters()) for network in (self.gan.generator, self.gan.critic))
         classes = f" in {len(data.class_counts)} classes" if len(data.class_counts) > 1 else ""
         say(f"data    {data.folder}: {len(data.images)} images{classes}, {config.image_size} px\n"
             f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
@@ -104,7 +104,10 @@ class RunLog:
             if self.is_rank_zero:
                 save_picture(grid(self.reals, columns=COLUMNS), self.out / "reals.png")
                 if self.config.tensorboard:
-                    self.tensorboard = held.enter_context(_open_tensorboard(self.out / "tensorboard", self.step))
+                    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+                    # What an earlier process wrote after this step is hidden.
+                    self.tensorboard = held.enter_context(SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1))
             self.progress = held.enter_context(tqdm(
                 total=self.total_steps * self.images_per_step, unit=" images", unit_scale=True, smoothing=0.05,
                 initial=self.step * self.images_per_step, disable=None if self.is_rank_zero else True))
@@ -285,10 +288,3 @@ def draw_curves(folder):
         panel.plot(*zip(*((line["step"], line[name]) for line in lines if name in line), strict=True), marker=".")
     with atomic_write(folder / "curves.png") as file:
         figure.savefig(file)
-
-
-def _open_tensorboard(folder, step):
-    """Returns TensorBoard's writer; what an earlier process wrote after `step` is hidden."""
-    from torch.utils.tensorboard import SummaryWriter  # an optional package
-
-    return SummaryWriter(folder, purge_step=step + 1)

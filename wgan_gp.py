@@ -147,12 +147,8 @@ class GAN:
         own = self.state()
         for name, expected in own.items():
             check_tensors(state[name], expected, name)
-        for tensor, saved in zip(_leaves(own), _leaves(state, own), strict=True):
+        for tensor, saved in zip(_leaves(own), _leaves({name: state[name] for name in own}), strict=True):
             tensor.copy_(saved)
-
-    def num_parameters(self):
-        """Returns the numbers of parameters of the generator and of the critic."""
-        return [sum(p.numel() for p in network.parameters()) for network in (self.generator, self.critic)]
 
     def state_bytes(self):
         """Returns the bytes of weights and optimizer state, about the size of a checkpoint."""
@@ -165,13 +161,10 @@ class GAN:
         return augment(images, augment_numbers) if self.config.augment else images
 
 
-def _leaves(tensors, order=None):
-    """The tensors in nested dicts, in the order of `order`."""
-    for name, value in (order or tensors).items():
-        if isinstance(value, dict):
-            yield from _leaves(tensors[name], value)
-        else:
-            yield tensors[name]
+def _leaves(tensors):
+    """The tensors in nested dicts, in the order of their names."""
+    for _, value in sorted(tensors.items(), key=lambda item: str(item[0])):
+        yield from _leaves(value) if isinstance(value, dict) else [value]
 
 
 def running_statistics(network):

@@ -56,7 +56,7 @@ def test_long_lists_are_cut_with_their_length(tmp_path, capfd):
     assert training.main(["--data", str(tmp_path / "set"), *tiny_arguments(), "--check-data"]) == 0
     said = capfd.readouterr().out
     assert "8 x 8 (1)" in said
-    assert "(1) and 10 others" in said
+    assert "(1), and 10 more" in said
     assert "smaller than 32 px, enlarged: 30\n  00.png: 8 x 8\n" in said
     assert "  and 10 more\n" in said
     assert "class: no class (30)" in said
