@@ -74,7 +74,8 @@ class RunLog:
     def describe(self):
         """Prints what is trained on what, and what has changed since the checkpoint."""
         config, data = self.config, self.data
-        generator, critic = (sum(p.numel() for p in network.parameters()) for network in (self.gan.generator, self.gan.critic))
+        networks = self.gan.generator, self.gan.critic
+        generator, critic = (sum(p.numel() for p in network.parameters()) for network in networks)
         classes = f" in {len(data.class_counts)} classes" if len(data.class_counts) > 1 else ""
         say(f"data    {data.folder}: {len(data.images)} images{classes}, {config.image_size} px\n"
             f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
