@@ -125,11 +125,10 @@ def convolve_as_matrix_product(conv, features):
     """
     taps = conv.weight.permute(2, 3, 0, 1).flatten(0, 2)
     maps = torch.bmm(taps.expand(len(features), *taps.shape), features.flatten(2))
-    maps = maps.view(len(features), 9, conv.out_channels, *features.shape[2:])
+    taps = maps.view(len(features), 9, conv.out_channels, *features.shape[2:])
+    taps = taps.to(torch.promote_types(maps.dtype, torch.float32)).unbind(1)
     shifts = itertools.product((1, 0, -1), repeat=2)
-    total = sum(F.pad(tap, (right, -right, down, -down))
-                for tap, (down, right) in zip(maps.to(torch.promote_types(maps.dtype, torch.float32)).unbind(1), shifts,
-                                              strict=True))
+    total = sum(F.pad(tap, (right, -right, down, -down)) for tap, (down, right) in zip(taps, shifts, strict=True))
     return (total + conv.bias.view(-1, 1, 1)).to(maps.dtype)
 
 
