@@ -228,11 +228,11 @@ class RunLog:
     def save(self):
         """Writes a checkpoint, unless something in it is not finite."""
         self._mean_metrics()
-        state = self.gan.state()
         if not all(tensor.isfinite().all() for tensor in self.gan.tensors()):
             raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
         if self.is_rank_zero:
-            save_checkpoint(self.out / "checkpoints", self.step, self._facts() | state, keep=self.config.keep_checkpoints)
+            save_checkpoint(self.out / "checkpoints", self.step, self._facts() | self.gan.state(),
+                            keep=self.config.keep_checkpoints)
 
     def _facts(self):
         """What a checkpoint holds beside the state of the networks."""

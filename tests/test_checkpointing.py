@@ -279,3 +279,14 @@ def test_a_generator_is_found_in_the_home_directory_and_is_in_evaluation_mode(tm
     monkeypatch.setenv("HOME", str(tmp_path))
     save_checkpoint(tmp_path / "saved", 3, STATE, keep=1)
     assert not load_generator("~/saved/step_0000003.pt").training
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_that_holds_names_twice_is_counted_in_full(tmp_path):
+    path = save_checkpoint(tmp_path, 1, STATE | {"generator": {"a": torch.rand(100_000)}}, keep=1)
+    assert load_checkpoint(path)["step"] == 1
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        for entry in list(archive.infolist()):
+            archive.writestr(entry.filename, archive.read(entry.filename) if "pkl" in entry.filename else bytes(entry.file_size))
+    with pytest.raises(CheckpointError, match="not a checkpoint, or a damaged one \\(ValueError\\)"):
+        load_checkpoint(path)
