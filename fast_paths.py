@@ -5,7 +5,8 @@ and losses can be changed without looking at this file.
 """
 import copy
 import functools
-import itertools
+import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,16 +14,18 @@ from torch.nn import functional as F
 
 import distributed
 from losses import gradient_penalty
-from model_definitions import CNN
+from model_definitions import CNNParamTanh
 from randomness import random_generator
+from synthetic_video import frame_matrices, synthetic_video
 
 SAME = 1e-6  # largest relative difference between two forms of one computation in float64
 SAME_UPDATE = {"float32": 1e-3, "bfloat16": 5e-2}  # the same for whole updates; bfloat16 rounds to 0.4%
+BLOCK_PIXELS = 1024  # of each frame at a time, so that they stay in the cache
 GRAPH_WARM_UPS = 3  # runs before a capture, so that libraries have chosen their algorithms and reserved their memory
 
 
 def use_fast_layers(gan, *, report):
-    """Sets gan.input_gradient and replaces the convolution of each CNN by faster forms, where they give the same numbers.
+    """Sets gan.input_gradient and replaces each CNNParamTanh on a CPU by a faster form, where they give the same numbers.
 
     Args:
         gan: a wgan_gp.GAN.
@@ -31,12 +34,13 @@ def use_fast_layers(gan, *, report):
     shape = gan.generator.image_shape
     if _is_same(lambda: _compare_penalties(gan.critic, shape), "the penalty by double backward", report):
         gan.input_gradient = functools.partial(written_out_gradient, gan.critic)
-    layers, averaged = ([module for module in network.modules() if isinstance(module, CNN)]
-                        for network in (gan.generator, gan.averaged))
-    for cnn, average in zip(layers, averaged, strict=True):
-        if _is_same(lambda cnn=cnn: _compare_convolutions(cnn.conv), "the CNN's own convolution", report):
-            for conv in (cnn.conv, average.conv):
-                conv.forward = functools.partial(convolve_as_matrix_product, conv)
+    if gan.device.type == "cpu":
+        layers, averaged = ([module for module in network.modules() if isinstance(module, CNNParamTanh)]
+                            for network in (gan.generator, gan.averaged))
+        for layer, average in zip(layers, averaged, strict=True):
+            if _is_same(lambda layer=layer: _compare_layers(layer), "the layer that makes a whole video", report):
+                for own in (layer, average):
+                    own.parts = functools.partial(parts_without_video, own)
 
 
 def _is_same(compare, plain, report):
@@ -74,10 +78,17 @@ def _compare_penalties(critic, shape):
     return zip(*results, strict=True)
 
 
-def _compare_convolutions(conv):
-    conv = _moved_copy(conv)
-    features = torch.rand(2, conv.in_channels, 32, 32, dtype=torch.float64, generator=random_generator("fast paths", "cnn"))
-    return [(convolve_as_matrix_product(conv, features), conv(features))]
+def _compare_layers(layer):
+    """Returns alpha by parts_without_video and by CNNParamTanh, and its gradients for the images and the parameters."""
+    layer = _moved_copy(layer)
+    shape = 2, layer.cnn.conv.in_channels // layer.num_frames, *layer.cnn.input_shape[1:]
+    images = torch.rand(shape, dtype=torch.float64, generator=random_generator("fast paths", "layer")).requires_grad_()
+    results = []
+    for parts in (functools.partial(parts_without_video, layer), layer.parts):
+        alpha = parts(images)[1]
+        gradients = torch.autograd.grad(alpha.square().sum(), [images, *layer.parameters()])
+        results.append((alpha.detach(), *gradients))
+    return zip(*results, strict=True)
 
 
 def _moved_copy(module):
@@ -117,19 +128,148 @@ def written_out_gradient(critic, images):
     return 2 * gradient
 
 
-def convolve_as_matrix_product(conv, features):
-    """Returns conv(features) for a 3 x 3 Conv2d of few filters, (N, C, H, W) to (N, filters, H, W).
+@torch.compiler.disable  # which would make the matrices anew in every step
+def parts_without_video(layer, images):
+    """Returns what CNNParamTanh.parts returns, with None for the video, of which only a few rows are made at a time."""
+    conv, dtype = layer.cnn.conv, images.dtype
+    if torch.is_autocast_enabled(images.device.type):
+        dtype = torch.get_autocast_dtype(images.device.type)
+    maps = VideoConvolution.apply(*(tensor.to(dtype) for tensor in (images, conv.weight, conv.bias)), layer.num_frames)
+    alpha = layer.cnn.predict(maps)
+    return None, alpha, torch.tanh(alpha * images)
 
-    One matrix product gives the 9 taps of all filters, which are then shifted and summed. Convolution routines are made for
-    more filters: with two, on a CPU, this takes a third of their time.
+
+class VideoConvolution(torch.autograd.Function):
+    """F.conv2d(synthetic_video(images, num_frames).flatten(1, 2), weight, bias, padding=1) for few filters, on a CPU.
+
+    A pixel of a frame is a sum of four pixels of the image. Products with the sparse matrices of these sums replace those
+    with the window matrices, and one matrix product gives all taps of all filters, which are then shifted and summed. The
+    images of a batch are the last axis, so that sparse products read and write whole lines of memory.
     """
-    taps = conv.weight.permute(2, 3, 0, 1).flatten(0, 2)
-    maps = torch.bmm(taps.expand(len(features), *taps.shape), features.flatten(2))
-    taps = maps.view(len(features), 9, conv.out_channels, *features.shape[2:])
-    taps = taps.to(torch.promote_types(maps.dtype, torch.float32)).unbind(1)
-    shifts = itertools.product((1, 0, -1), repeat=2)
-    total = sum(F.pad(tap, (right, -right, down, -down)) for tap, (down, right) in zip(taps, shifts, strict=True))
-    return (total + conv.bias.view(-1, 1, 1)).to(maps.dtype)
+
+    @staticmethod
+    def forward(ctx, images, weight, bias, num_frames):
+        n, channels, height, width = images.shape
+        matrices = _video_matrices(channels, height, width, num_frames, len(weight), images.dtype)
+        taps, planes = _taps(weight, num_frames), _planes(images)
+        ctx.save_for_backward(images, weight, bias, planes)
+        ctx.num_frames = num_frames
+        grey = matrices.inside @ (taps @ matrices.grey).view(9, -1)
+        maps = (grey + bias).T[..., None].repeat(1, 1, n)
+        for block in matrices.blocks:
+            video = _sparse_product(block.frames, planes).view(-1, taps.shape[1], width * n)
+            products = torch.bmm(taps.expand(len(video), *taps.shape), video)
+            maps[:, block.outputs] += _sparse_product(block.shifts, products.view(-1, n)).view(len(weight), -1, n)
+        return maps.view(-1, height, width, n).permute(3, 0, 1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        images, weight, bias, planes = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient is to be differentiated once more: by the plain form
+            maps = F.conv2d(synthetic_video(images, ctx.num_frames).flatten(1, 2), weight, bias, padding=1)
+            return *torch.autograd.grad(maps, (images, weight, bias), gradient, create_graph=True), None
+        n, channels, height, width = images.shape
+        matrices = _video_matrices(channels, height, width, ctx.num_frames, len(weight), images.dtype)
+        taps = _taps(weight, ctx.num_frames)
+        gradient = _planes(gradient).view(len(weight), -1, n)
+        of_grey = (gradient.sum(2) @ matrices.inside).T.reshape(-1, 1)
+        of_taps, of_planes = of_grey * matrices.grey, torch.zeros_like(planes)
+        for block in matrices.blocks:
+            video = _sparse_product(block.frames, planes).view(-1, taps.shape[1], width * n)
+            of_products = _sparse_product(block.shifts_back, gradient[:, block.outputs].flatten(0, 1))
+            of_products = of_products.view(-1, len(taps), width * n)
+            of_taps = of_taps + torch.bmm(of_products, video.transpose(1, 2)).sum(0)
+            of_video = torch.bmm(taps.T.expand(len(video), *taps.T.shape), of_products)
+            read = _sparse_product(block.frames_back, of_video.view(-1, n))
+            of_planes.view(channels, -1, n)[:, block.pixels] += read.view(channels, -1, n)
+        of_weight = of_taps.view(3, 3, len(weight), channels, -1).permute(2, 4, 3, 0, 1).flatten(1, 2)
+        of_images = torch.empty_like(images).copy_(of_planes.view(channels, height, width, n).permute(3, 0, 1, 2))
+        return of_images, of_weight, gradient.sum((1, 2)), None
+
+
+def _planes(images):
+    """(N, C, H, W) to (C H W, N)."""
+    return torch.stack(images.unbind(), -1).flatten(0, 2)  # twice as fast as permuting
+
+
+def _taps(weight, num_frames):
+    """(F, T C, 3, 3) to (9 F, C T)."""
+    return weight.unflatten(1, (num_frames, -1)).permute(3, 4, 0, 2, 1).reshape(9 * len(weight), -1)
+
+
+class SparseMatrix(NamedTuple):
+    """A matrix whose row i has values[k] in columns[k], for k from starts[i] to starts[i + 1]."""
+
+    columns: torch.Tensor
+    starts: torch.Tensor
+    values: torch.Tensor
+
+
+def _sparse_matrix(used, rows, columns, values, num_rows, dtype):
+    """Returns a matrix with `values` at `rows` and `columns` where `used`, all broadcast to its shape."""
+    rows, columns, values = (tensor.expand_as(used)[used] for tensor in (rows, columns, values))
+    order, counts = rows.argsort(stable=True), rows.bincount(minlength=num_rows)
+    return SparseMatrix(columns[order].int(), (counts.cumsum(0) - counts).int(), values[order].to(dtype))
+
+
+def _sparse_product(matrix, dense):
+    return F.embedding_bag(matrix.columns, dense, matrix.starts, mode="sum", per_sample_weights=matrix.values)
+
+
+class VideoBlock(NamedTuple):
+    """Matrices for R rows of all frames."""
+
+    pixels: slice  # of the image, those that are read
+    frames: SparseMatrix  # (C, H W) to (R, C T, W), without the grey
+    frames_back: SparseMatrix  # (R, C T, W) to (C, pixels)
+    outputs: slice  # pixels of the maps, those that taps of these rows are added to
+    shifts: SparseMatrix  # (R, 9 F, W) to (F, outputs)
+    shifts_back: SparseMatrix  # (F, outputs) to (R, 9 F, W)
+
+
+class VideoMatrices(NamedTuple):
+    """What VideoConvolution multiplies with: about 3 KB for each pixel of an image."""
+
+    blocks: list
+    inside: torch.Tensor  # (H W, 9), 1 where a tap of the pixel is inside the image
+    grey: torch.Tensor  # (C T,), what is added to each frame
+
+
+@functools.lru_cache(maxsize=2)  # a run computes at one size for long
+def _video_matrices(channels, height, width, num_frames, filters, dtype):
+    *matrices, grey = frame_matrices(height, width, num_frames, dtype=torch.promote_types(dtype, torch.float32))
+    (row_values, row_reads), (column_values, column_reads) = (matrix.topk(2) for matrix in matrices)  # (T, size, 2)
+    block_rows, blocks = max(1, BLOCK_PIXELS // width), []
+    for start in range(0, height, block_rows):
+        end = min(start + block_rows, height)
+        # Axes: row, channel, frame, column, and the two rows and two columns of the image that are read.
+        values = row_values[:, start:end].transpose(0, 1)[:, None, :, None, :, None] * column_values[:, :, None, :]
+        read = row_reads[:, start:end].transpose(0, 1)[:, None, :, None, :, None] * width + column_reads[:, :, None, :]
+        used = (values != 0).expand(-1, channels, *(-1,) * 4)
+        pixels = slice(read[values != 0].min().item(), read[values != 0].max().item() + 1)
+        channel = torch.arange(channels).view(-1, 1, 1, 1, 1)
+        written = _numbers(end - start, channels, num_frames, width, 1, 1)
+        frames = _sparse_matrix(used, written, channel * height * width + read, values, written.numel(), dtype)
+        read = channel * (pixels.stop - pixels.start) + read - pixels.start
+        frames_back = _sparse_matrix(used, read, written, values, channels * (pixels.stop - pixels.start), dtype)
+        # Axes: row, row and column of the tap, filter, column.
+        products = _numbers(end - start, 3, 3, filters, width)
+        i = torch.arange(start + 1, end + 1).view(-1, 1, 1, 1, 1) - torch.arange(3).view(3, 1, 1, 1)
+        j = torch.arange(1, width + 1) - torch.arange(3).view(3, 1, 1)
+        used = ((i >= 0) & (i < height) & (j >= 0) & (j < width)).expand_as(products)
+        outputs = slice(max(start - 1, 0) * width, min(end + 1, height) * width)
+        added = torch.arange(filters).view(-1, 1) * (outputs.stop - outputs.start) + i * width + j - outputs.start
+        shape = filters * (outputs.stop - outputs.start)
+        ones = torch.ones(1)
+        blocks.append(VideoBlock(pixels, frames, frames_back, outputs,
+                                 _sparse_matrix(used, added, products, ones, shape, dtype),
+                                 _sparse_matrix(used, products, added, ones, products.numel(), dtype)))
+    inside = F.unfold(torch.ones(1, 1, height, width), 3, padding=1)[0].T
+    return VideoMatrices(blocks, inside.to(dtype), grey.flatten().repeat(channels).to(dtype))
+
+
+def _numbers(*shape):
+    return torch.arange(math.prod(shape)).view(shape)
 
 
 class CapturedUpdate:

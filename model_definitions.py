@@ -32,7 +32,7 @@ class Decoded(NamedTuple):
     """What VAE.decode_parts returns; `video` and `alpha` are None where the output layer has none."""
 
     before: torch.Tensor  # (N, C, H, W) in (0, 1), the decoder's output
-    video: torch.Tensor | None  # (N, T, C, H, W), the CNN's input
+    video: torch.Tensor | None  # (N, T, C, H, W), the CNN's input; None in training on a CPU too, see fast_paths.py
     alpha: torch.Tensor | None  # (N, 1, H, W), positive
     images: torch.Tensor  # (N, C, H, W) in [0, 1], the output
 
@@ -104,9 +104,13 @@ class CNN(nn.Module):
     def forward(self, video):
         features = video.flatten(1, 2) if video.dim() == 5 else video
         _check_shape("video", features, self.input_shape)
+        return self.predict(self.conv(features))
+
+    def predict(self, maps):
+        """Returns alpha (N, 1, H, W) for what the convolution has made of a video, (N, filters, H, W)."""
         # Outputs are divided by the square root of their fan-in. Adam moves all weights by the same amount and the channels
         # of the video are nearly equal, so without this one step would change alpha a lot.
-        features = self.pool(self.conv(features)).relu().flatten(1)  # pooling before ReLU: same result, less work
+        features = self.pool(maps).relu().flatten(1)  # pooling before ReLU: same result, less work
         features = features / math.sqrt(9 * self.conv.in_channels)
         grid = self.linear(features) / math.sqrt(self.linear.in_features)
         return self.alpha_map(grid.unflatten(1, (self.alpha_grid, self.alpha_grid)))

@@ -35,6 +35,21 @@ def window_matrix(size, scale, shift):
     return interpolation_matrix(centre + scale[:, None] * offset + shift[:, None], size)
 
 
+def frame_matrices(height, width, num_frames, *, device=None, dtype=torch.float32):
+    """Returns rows (T, H, H), columns (T, W, W) and grey (T, 1, 1).
+
+    Frame t of an image x is rows[t] @ x @ columns[t].T + grey[t]. No row of a matrix has more than two entries that are not
+    zero. The matrices of frame 0 are identities, and its grey is 0.
+    """
+    time = torch.arange(num_frames, device=device, dtype=dtype) / max(num_frames - 1, 1)
+    fade = FADE * time[:, None, None]
+    shrink = 1 / (1 + ZOOM * time)
+    rows, columns = (window_matrix(size, shrink, drift * (size - 1) / 2 * (1 - shrink) * time)
+                     for size, drift in ((height, -0.5), (width, 1.0)))
+    # A grey strictly between 0 and 1 leaves room for rounding.
+    return (1 - fade) * rows, columns, fade * (0.5 + 0.45 * torch.sin(2 * torch.pi * time[:, None, None]))
+
+
 def synthetic_video(images, num_frames=16):
     """Returns a video whose first frame is the image and whose others zoom in, drift and fade a little more each.
 
@@ -60,17 +75,11 @@ def synthetic_video(images, num_frames=16):
         raise ValueError(f"expected at least one frame, got {num_frames}")
     height, width = images.shape[-2:]
     exact = torch.promote_types(images.dtype, torch.float32)
-    time = torch.arange(1, num_frames, device=images.device, dtype=exact) / max(num_frames - 1, 1)
-    fade = FADE * time[:, None, None]
-    shrink = 1 / (1 + ZOOM * time)
-    rows, columns = (window_matrix(size, shrink, drift * (size - 1) / 2 * (1 - shrink) * time)
-                     for size, drift in ((height, -0.5), (width, 1.0)))
-    rows = (1 - fade) * rows
+    matrices = frame_matrices(height, width, num_frames, device=images.device, dtype=exact)
+    rows, columns, grey = (matrix[1:].to(images.dtype) for matrix in matrices)
     # Two matrix products in the order of axes that needs no copy between them.
-    moved = rows.flatten(0, 1).to(images.dtype) @ images.permute(2, 0, 1, 3).flatten(1)
-    moved = moved.view(len(time), images.numel() // width, width) @ columns.transpose(1, 2).to(images.dtype)
+    moved = rows.flatten(0, 1) @ images.permute(2, 0, 1, 3).flatten(1)
+    moved = moved.view(len(rows), images.numel() // width, width) @ columns.transpose(1, 2)
     moved = moved.unflatten(1, (height, *images.shape[:2])).permute(2, 0, 3, 1, 4)
-    # A grey strictly between 0 and 1 leaves room for rounding.
-    grey = fade * (0.5 + 0.45 * torch.sin(2 * torch.pi * time[:, None, None]))
-    moved = moved + grey.unsqueeze(1).to(images.dtype)
+    moved = moved + grey.unsqueeze(1)
     return torch.cat([images.unsqueeze(1), moved.to(images.dtype)], dim=1)

@@ -30,7 +30,7 @@ import training
 from config import Config
 from demo_images import draw_demo_images
 from devices import keep_freed_memory, pick_precision
-from fast_paths import convolve_as_matrix_product, written_out_gradient
+from fast_paths import parts_without_video, written_out_gradient
 from image_data import as_float_images, batch_indices, load_images, to_device_if_it_fits
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
@@ -46,7 +46,7 @@ MEASURES = {  # each row has all of those above it
     "cache": "+ images decoded once",
     "joined": "+ real and fake in one pass, nothing read",
     "pooling": "+ pooling before ReLU",
-    "layer": "+ the layer's convolution as matrix product",
+    "layer": "+ the layer without a whole video",
     "channels_last": "+ channels_last",
     "bfloat16": "+ bfloat16",
     "penalty": "+ the penalty without double backward",
@@ -70,9 +70,8 @@ def plain_loop(config, measures):
         order = [start + layer for start in range(0, len(critic.blocks), 3) for layer in (0, 2, 1)]
         generator.encoder, critic.blocks = (nn.Sequential(*(blocks[index] for index in order))
                                             for blocks in (generator.encoder, critic.blocks))
-    if "layer" in measures:
-        conv = generator.output_layer.cnn.conv
-        conv.forward = functools.partial(convolve_as_matrix_product, conv)
+    if "layer" in measures and not CUDA:
+        generator.output_layer.parts = functools.partial(parts_without_video, generator.output_layer)
     if "channels_last" in measures:
         for convolutions in (generator.encoder, generator.decoder, critic):
             convolutions.to(memory_format=torch.channels_last)

@@ -6,11 +6,13 @@ from helpers import assert_same, critic_arguments, metrics, newest, tiny_gan
 from torch import nn
 
 import checkpointing
+import model_definitions
 import training
 import wgan_gp
 from checkpointing import load_generator
-from fast_paths import CapturedUpdate, convolve_as_matrix_product, use_fast_layers, use_fast_updates
-from model_definitions import VAE, Discriminator
+from fast_paths import CapturedUpdate, VideoConvolution, use_fast_layers, use_fast_updates
+from model_definitions import CNN, VAE, Discriminator
+from synthetic_video import synthetic_video
 
 
 class Repeated:
@@ -259,21 +261,57 @@ def test_the_critic_as_it_is_uses_the_fast_gradient_without_a_word():
         assert gan.input_gradient
 
 
-def test_a_changed_convolution_of_the_cnn_is_left_as_it_is():
+# A layer that somebody has changed
+
+
+def circular_convolution(monkeypatch, gan):
+    for network in (gan.generator, gan.averaged):
+        network.output_layer.cnn.conv.padding_mode = "circular"
+        network.output_layer.cnn.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def other_video(monkeypatch, gan):
+    monkeypatch.setattr(model_definitions, "synthetic_video", lambda *arguments: synthetic_video(*arguments).square())
+
+
+def other_forward(monkeypatch, gan):
+    monkeypatch.setattr(CNN, "forward", lambda cnn, video: cnn.predict(cnn.conv(video.flatten(1, 2)).square()))
+
+
+def other_gradient(monkeypatch, gan):
+    monkeypatch.setattr(CNN, "forward", lambda cnn, video: cnn.predict(cnn.conv(video.flatten(1, 2).detach())))
+
+
+@pytest.mark.parametrize("change", [circular_convolution, other_video, other_forward, other_gradient])
+def test_a_changed_layer_is_left_as_it_is_and_one_line_says_so(monkeypatch, change):
     gan, said = tiny_gan(), []
-    convolutions = [network.output_layer.cnn.conv for network in (gan.generator, gan.averaged)]
-    for conv in convolutions:
-        conv.padding_mode = "circular"
-        conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    change(monkeypatch, gan)
     use_fast_layers(gan, report=said.append)
-    assert [line.split(",")[0] for line in said] == ["warning: training goes on with the CNN's own convolution"]
-    assert not any("forward" in vars(conv) for conv in convolutions)
+    assert [line.split(",")[0] for line in said] == ["warning: training goes on with the layer that makes a whole video"]
+    assert not any("parts" in vars(network.output_layer) for network in (gan.generator, gan.averaged))
 
 
-def test_the_convolution_as_matrix_product_is_the_convolution():
-    conv = nn.Conv2d(9, 2, 3, padding=1).double()
-    video = torch.rand(2, 9, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(convolve_as_matrix_product(conv, video), conv(video))
+def test_the_layer_as_it_is_makes_no_video_in_training():
+    gan = tiny_gan()
+    use_fast_layers(gan, report=pytest.fail)
+    assert all(network.decode_parts(torch.randn(2, 8)).video is None for network in (gan.generator, gan.averaged))
+
+
+@pytest.mark.parametrize(("channels", "height", "width", "num_frames"),
+                         [(3, 64, 64, 16), (1, 32, 57, 5), (4, 48, 16, 1), (3, 20, 1100, 2)])
+def test_the_convolution_without_a_video_is_that_of_the_video(channels, height, width, num_frames):
+    images = torch.rand(3, channels, height, width, dtype=torch.float64, requires_grad=True)
+    conv = nn.Conv2d(channels * num_frames, 2, 3, padding=1).double()
+    tensors = images, conv.weight, conv.bias
+    found = []
+    for maps in (VideoConvolution.apply(*tensors, num_frames), conv(synthetic_video(images, num_frames).flatten(1, 2))):
+        first = torch.autograd.grad(maps.pow(3).sum(), tensors, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), tensors)
+        found.append([maps, *first, *second])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+    (alone,) = torch.autograd.grad(VideoConvolution.apply(*tensors, num_frames).pow(3).sum(), images)
+    torch.testing.assert_close(alone, found[1][1], rtol=1e-10, atol=1e-10)
 
 
 # Networks with buffers

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "image_metrics": {"torch", "torch_fidelity"},
     "latent_paths": {"torch", "tqdm", "image_data", "randomness"},
     "wgan_gp": {"torch", "augmentation", "checkpointing", "distributed", "losses", "model_definitions", "randomness"},
-    "fast_paths": {"torch", "distributed", "losses", "model_definitions", "randomness"},
+    "fast_paths": {"torch", "distributed", "losses", "model_definitions", "randomness", "synthetic_video"},
     "resuming": {"checkpointing", "config", "console", "devices", "distributed", "safe_files"},
     "run_log": {"torch", "matplotlib", "tqdm", "checkpointing", "config", "console", "data_report", "distributed",
                 "image_data", "image_metrics", "pictures", "randomness", "resuming", "safe_files"},

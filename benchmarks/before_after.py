@@ -1,0 +1,152 @@
+"""Compares settings with each other, and this checkout with another one.
+
+    python benchmarks/before_after.py {layer,busy,rendering} [--before CHECKOUT] [--sizes 32 64 128]
+
+layer: what CNNParamTanh costs of a step, beside networks without it.
+busy: training on an idle machine, and beside one process that keeps a core busy.
+rendering: single images of a generator.
+
+Each figure is taken in a process of its own. The processes of a size take turns, so that whatever slows one slows all.
+"""
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parents[1]
+ROUNDS = 9
+READING = 0.5  # at least so many seconds between two readings of the clock
+BATCH = 16
+
+
+class Row:
+    """A process that imports the project from a checkout and does a number of pieces of work when told to."""
+
+    def __init__(self, checkout, task, *, processes=1, environment=None, **settings):
+        command = [sys.executable, __file__, task, "--row", json.dumps([str(checkout), settings])]
+        environment = os.environ | (environment or {})
+        if processes > 1:  # as torchrun does
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                            "OMP_NUM_THREADS": "1"}
+        self.processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                           env=environment | ({"RANK": str(rank)} if processes > 1 else {}))
+                          for rank in range(processes)]
+        self.seconds, self.pieces = {}, 1
+        first, *_ = [self._do() for _ in range(3)]
+        self.pieces = max(1, round(READING / self._do()))
+
+    def _do(self):
+        """Returns the seconds that a piece of work takes."""
+        print(self.pieces, file=self.processes[0].stdin, flush=True)
+        for line in self.processes[0].stdout:
+            if line.startswith("seconds "):
+                return float(line.split()[1]) / self.pieces
+        raise SystemExit(f"a process ended: exit status {self.processes[0].wait()}")
+
+    def measure(self, name):
+        self.seconds.setdefault(name, []).append(self._do())
+
+    def median(self, name):
+        return statistics.median(self.seconds[name])
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+def pieces_of_work():
+    """Yields before every piece of work that this process is told to do."""
+    while line := sys.stdin.readline():
+        started = time.perf_counter()
+        yield from range(int(line))
+        print("seconds", time.perf_counter() - started, flush=True)
+
+
+def train_steps(*, size, precision="auto", output_layer="cnn"):
+    """Each piece of work is a step of training on noise."""
+    import torch
+
+    import training  # before torch, as in `python training.py`
+    from config import Config
+    from devices import keep_freed_memory
+    keep_freed_memory()
+    pieces = itertools.repeat(None) if int(os.environ.get("RANK", 0)) else pieces_of_work()
+    with tempfile.TemporaryDirectory() as out:
+        config = Config(data="noise", image_size=size, precision=precision, output_layer=output_layer, out=out,
+                        batch_size=BATCH, steps=10**9, sample_every=10**9, checkpoint_every=10**9)
+        next(pieces)
+        images = torch.randint(256, (1000, 3, size, size), dtype=torch.uint8)
+        training.train(config, data=images, after_step=lambda step, metrics: next(pieces))
+
+
+def layer(checkouts, sizes):
+    print(f"{'':24}{'size':>7}{'images/s':>10}{'none':>10}{'share of the layer':>20}")
+    for size, precision in itertools.product(sizes, ("float32", "bfloat16")):
+        rows = {(name, output): Row(checkout, "layer", size=size, precision=precision, output_layer=output)
+                for name, checkout in checkouts.items() for output in ("cnn", "none")}
+        take_turns(rows.values(), "idle")
+        for name in checkouts:
+            seconds, without = (rows[name, output].median("idle") for output in ("cnn", "none"))
+            print(f"{name:8}{precision:16}{size:4} px{BATCH / seconds:10.1f}{BATCH / without:10.1f}"
+                  f"{1 - without / seconds:20.1%}", flush=True)
+
+
+def busy(checkouts, sizes):
+    print(f"{'':24}{'size':>7}{'idle':>10}{'busy':>10}{'share of idle':>20}  (images/s)")
+    for size in sizes:
+        found = {(name, processes): Row(checkout, "busy", size=size, processes=processes)
+                 for name, checkout in checkouts.items() for processes in (1, 2)}
+        for _ in range(ROUNDS):
+            take_turns(found.values(), "idle", rounds=1, stop=False)
+            other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            take_turns(found.values(), "busy", rounds=1, stop=False)
+            other.kill()
+            other.wait()
+        for (name, processes), row in found.items():
+            row.stop()
+            idle, beside = row.median("idle"), row.median("busy")
+            print(f"{name:8}{processes} process{'es' if processes > 1 else '  '}     {size:4} px{BATCH / idle:10.1f}"
+                  f"{BATCH / beside:10.1f}{idle / beside:20.1%}", flush=True)
+
+
+def take_turns(rows, name, *, rounds=ROUNDS, stop=True):
+    for _ in range(rounds):
+        for row in rows:
+            row.measure(name)
+    if stop:
+        for row in rows:
+            row.stop()
+
+
+TASKS = {"layer": (layer, train_steps), "busy": (busy, train_steps)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--before", metavar="CHECKOUT", help="of another commit")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    table, work = TASKS[given.task]
+    if given.row:
+        checkout, settings = given.row
+        sys.path.insert(0, checkout)
+        work(**settings)
+    else:
+        table(({"before": given.before} if given.before else {}) | {"now": HERE}, given.sizes)
+
+
+if __name__ == "__main__":
+    main()
