@@ -14,9 +14,9 @@ from safe_files import atomic_write
 
 FORMAT = 2  # raised when older files can no longer be read
 LARGEST_OUTLINE = 2**18  # bytes of names and shapes, ten times what ours need: deep nesting can crash the unpickler
-SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "config": dict,
-          "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict, "critic": dict,
-          "generator_optimizer": dict, "critic_optimizer": dict}
+SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "threads": int,
+          "config": dict, "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict,
+          "critic": dict, "generator_optimizer": dict, "critic_optimizer": dict}
 TRAINING_ONLY = ("generator", "critic", "generator_optimizer", "critic_optimizer", "pending_metrics")
 
 
@@ -81,6 +81,7 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
     if type(state) is not dict or type(state.get("format")) is not int or state["format"] != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program, or of another version")
+    state.setdefault("threads", 0)  # older checkpoints do not say
     if fault := _fault(state):
         raise CheckpointError(f"{path}: not a checkpoint of this program: {fault}")
     return state

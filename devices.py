@@ -1,6 +1,9 @@
-"""Which device and precision to compute with, and how its memory is kept."""
+"""Which device, precision, threads and cores to compute with, and how memory is kept."""
+import contextlib
 import ctypes
+import math
 import os
+import pathlib
 import sys
 
 import torch
@@ -35,6 +38,102 @@ def pick_precision(device):
     elif device.type == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if fast else "float32"
+
+
+def num_cpus(cgroups="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Returns the number of CPUs that this process may use, at least 1: by its affinity and the quotas of its cgroups.
+
+    A quota is time, and threads beyond it take time from each other: one of 1.5 CPUs counts as 2, one of 1.4 as 1.
+
+    Args:
+        cgroups: where cgroups of version 1 or 2 are mounted.
+        own: the file that names those of this process.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = min(_cgroup_quotas(pathlib.Path(cgroups), pathlib.Path(own)), default=allowed)
+    return max(1, min(allowed, math.floor(quota + 0.5)))
+
+
+def _cgroup_quotas(cgroups, own):
+    """Yields the quotas, in CPUs, of the cgroups of this process and of those around them."""
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in lines:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # A container can be told the path on its host, and sees its own cgroup at the top: what is missing is passed over.
+        mounted = cgroups / "cpu" if controllers else cgroups
+        for folder in pathlib.PurePath(path, "x").relative_to("/").parents:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no quota
+                if controllers:
+                    files = [mounted / folder / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
+                    quota, period = (int(file.read_text()) for file in files)
+                else:
+                    quota, period = map(int, (mounted / folder / "cpu.max").read_text().split())
+                if quota > 0 and period > 0:  # -1: no quota
+                    yield quota / period
+
+
+def limit_threads():
+    """Lowers the number of torch's threads to num_cpus(), unless OMP_NUM_THREADS is set."""
+    if "OMP_NUM_THREADS" not in os.environ and num_cpus() < torch.get_num_threads():
+        torch.set_num_threads(num_cpus())
+
+
+def start_threads():
+    """Starts torch's threads and returns their ids; an empty list where they run already or the system does not tell."""
+    before = _thread_ids()
+    torch.ones(2**20).tanh()
+    return sorted(_thread_ids() - before)
+
+
+def _thread_ids():
+    try:
+        return {int(name) for name in os.listdir("/proc/self/task")}
+    except OSError:
+        return set()
+
+
+@contextlib.contextmanager
+def one_core_each(threads):
+    """Keeps this thread and torch's others on a core each, where those of all processes of the run take up all cores.
+
+    Threads wait for each other thousands of times a second. Beside another busy process the system would often let two of
+    them share a core while the other process has one for itself.
+
+    Args:
+        threads: what start_threads has returned.
+    """
+    threads = [0, *threads]  # 0: this one
+    places = _places(len(threads))
+    allowed = os.sched_getaffinity(0) if places else set()
+    with contextlib.suppress(OSError):  # not permitted
+        for thread, place in zip(threads, places, strict=False):
+            os.sched_setaffinity(thread, place)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for thread in threads if places else ():
+                os.sched_setaffinity(thread, allowed)
+
+
+def _places(num_threads):
+    """Returns a set of CPUs for each thread of this process; an empty list unless the run has as many threads as cores."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    start = int(os.environ.get("LOCAL_RANK", 0)) * num_threads
+    cpus = sorted(os.sched_getaffinity(0))
+    cores = {}
+    for cpu in cpus:
+        siblings = pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.setdefault(siblings.read_text() if siblings.exists() else cpu, set()).add(cpu)
+    for places in (list(cores.values()), [{cpu} for cpu in cpus]):
+        if len(places) == num_threads * int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            return places[start:start + num_threads]
+    return []
 
 
 def keep_freed_memory():

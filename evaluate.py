@@ -11,7 +11,7 @@ import image_metrics
 from checkpointing import CheckpointError, load_generator
 from config import DEVICES, Settings, add_options, missing_package, option, source_and_options
 from console import print_error, program_output, say
-from devices import DeviceError, pick_device
+from devices import DeviceError, limit_threads, pick_device
 from image_data import DataError, evenly_spaced, load_images
 from randomness import latent_noise, random_generator
 
@@ -129,6 +129,7 @@ def main(arguments=None):
     source, options = source_and_options(parser(), Options, arguments)
     with program_output():
         try:
+            limit_threads()
             vae = load_generator(source, report=print_error).to(pick_device(options.device))
             metrics = evaluate(vae, options)
         except (CheckpointError, DataError, DeviceError, OSError) as error:

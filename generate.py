@@ -16,7 +16,7 @@ from tqdm import tqdm
 from checkpointing import CheckpointError, export_generator, load_generator
 from config import DEVICES, Settings, add_options, missing_package, option, option_name, source_and_options
 from console import print_error, program_output, say
-from devices import DeviceError, pick_device
+from devices import DeviceError, limit_threads, pick_device
 from image_data import DataError
 from latent_paths import decode_each, encode_photo, frames_of, morph, read_photo, walk
 from pictures import CLIP_FORMATS, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
@@ -99,6 +99,7 @@ def generate(source, options):
         return [export_generator(source, options.export, report=say)]
     if options.timelapse:
         return [_save(time_lapse(source), "timelapse", options)]
+    limit_threads()
     vae = load_generator(source, report=say).to(pick_device(options.device))
     if options.animate is not None:
         frames = frames_of(vae, walk(encode_photo(vae, options.animate), options.frames, seed=options.seed))

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
+from devices import num_cpus
 from randomness import random_generator
 from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
 
@@ -237,7 +238,7 @@ def _build_cache(cache, folder, paths, size):
         return FileFacts(name, None, *facts, hashlib.blake2b(pixels, digest_size=16).digest()), pixels
 
     files = []
-    with (atomic_write(cache, bytes_needed=needed) as file, ThreadPoolExecutor(_num_cpus()) as pool,
+    with (atomic_write(cache, bytes_needed=needed) as file, ThreadPoolExecutor(num_cpus()) as pool,
           warnings.catch_warnings(), tqdm(total=len(paths), desc="decoding", unit="image", disable=None) as progress):
         warnings.simplefilter("ignore")  # Pillow warns about single files; those that cannot be read are named in FileFacts
         for start in range(0, len(paths), CHUNK):
@@ -248,11 +249,6 @@ def _build_cache(cache, folder, paths, size):
     with atomic_write(cache.with_suffix(".json")) as file:
         file.write(json.dumps({facts.name: facts.fault for facts in files if facts.fault}).encode())
     return files
-
-
-def _num_cpus():
-    """Returns the number of CPUs that this process may use, in a container fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def batch_indices(num_images, position, batch_size, *, seed):

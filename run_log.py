@@ -53,9 +53,10 @@ class RunLog:
     def __init__(self, config, gan, data, out, checkpoints, state):
         self.config, self.gan, self.data, self.out, self.checkpoints = config, gan, data, out, checkpoints
         self.is_rank_zero = distributed.rank() == 0
-        self.step, self.images_seen, self.elapsed_seconds, self.num_images_before = (
-            state[name] for name in ("step", "images_seen", "elapsed_seconds", "num_images")) if state else (
-            0, 0, 0.0, len(data.images))
+        self.threads = torch.get_num_threads() if gan.device.type == "cpu" else 0  # of the CPU that computes
+        self.step, self.images_seen, self.elapsed_seconds, self.num_images_before, self.threads_before = (
+            state[name] for name in ("step", "images_seen", "elapsed_seconds", "num_images", "threads")) if state else (
+            0, 0, 0.0, len(data.images), 0)
         self.pending = []  # the metrics of each step since the last line of the log, read from the device only then
         if state:
             pending = {name: values.to(gan.device) for name, values in state["pending_metrics"].items()}
@@ -84,6 +85,9 @@ class RunLog:
         say_skipped(data.skipped)
         if len(data.images) != self.num_images_before:
             say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
+        if self.threads_before and self.threads and self.threads != self.threads_before:
+            say(f"warning: the run had {self.threads_before} threads, has {self.threads} from here on (OMP_NUM_THREADS sets "
+                "them): sums are rounded differently, so it is no longer equal to the bit to one that was never stopped")
         if len(data.images) < config.batch_size:
             say(f"warning: fewer images than --batch-size {config.batch_size}: batches hold some of them repeatedly")
         if config.dry_run:
@@ -241,8 +245,8 @@ class RunLog:
             columns = self._pending_values().cpu().unbind(1)
             pending = {name: column.clone() for name, column in zip(self.pending[0], columns, strict=True)}
         return {"images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
-                "config": dataclasses.asdict(self.config), "model_arguments": self.config.model_arguments(),
-                "pending_metrics": pending}
+                "threads": self.threads, "config": dataclasses.asdict(self.config),
+                "model_arguments": self.config.model_arguments(), "pending_metrics": pending}
 
     def finish(self):
         """Logs, saves and draws the last step, where it was not its turn, and prints how the run has ended."""

@@ -18,7 +18,7 @@ from config import from_command_line
 from console import Interrupt, print_error, program_output, say
 from data_report import check_data
 from demo_images import draw_demo_images
-from devices import DeviceError, keep_freed_memory, pick_device
+from devices import DeviceError, keep_freed_memory, limit_threads, one_core_each, pick_device, start_threads
 from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
 from image_data import DataError, as_float_images, as_image_set, batch_indices, load_images, to_device, to_device_if_it_fits
 from randomness import random_generator
@@ -33,7 +33,8 @@ def train(config, *, data=None, interrupt=None, after_step=None):
     """Trains as `config` says and returns the run folder, or None where only the data was to be checked.
 
     Ctrl-C, SIGTERM and SIGHUP finish the step, save and stop; a second Ctrl-C raises KeyboardInterrupt at once. The handlers
-    that were there before are restored. torch's global generator is seeded.
+    that were there before are restored. torch's global generator is seeded. Where cgroups or an affinity leave this process
+    fewer CPUs than torch has threads, torch's number of threads is lowered to them.
 
     Args:
         config: a Config.
@@ -51,6 +52,8 @@ def train(config, *, data=None, interrupt=None, after_step=None):
     with interrupt or Interrupt() as signals:
         if config.check_data:
             return check_data(_data_folder(config), config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad)
+        limit_threads()
+        threads = start_threads()
         config, gan, log = _prepare(config, data)
         log.describe()
         if log.step >= log.total_steps and not config.dry_run:
@@ -62,7 +65,7 @@ def train(config, *, data=None, interrupt=None, after_step=None):
             metrics = training_step(gan, images, log.step, log.images_seen)
             say("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
             return log.out
-        with log.opened():
+        with log.opened(), one_core_each(threads if gan.device.type == "cpu" else []):
             signals.defer()
             if log.step == 0:
                 log.draw_samples()

@@ -36,13 +36,15 @@ class Row:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                            "OMP_NUM_THREADS": "1"}
-        self.processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                           env=environment | ({"RANK": str(rank)} if processes > 1 else {}))
-                          for rank in range(processes)]
+            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                             env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}))
+            for rank in range(processes)]
         self.seconds, self.pieces = {}, 1
-        first, *_ = [self._do() for _ in range(3)]
+        for _ in range(3):
+            self._do()
         self.pieces = max(1, round(READING / self._do()))
 
     def _do(self):

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "devices": {"torch"},
     "distributed": {"torch"},
     "console": {"tqdm", "distributed"},
-    "image_data": {"torch", "torchvision", "PIL", "tqdm", "randomness", "safe_files"},
+    "image_data": {"torch", "torchvision", "PIL", "tqdm", "devices", "randomness", "safe_files"},
     "data_report": {"console", "image_data"},
     "demo_images": {"PIL", "tqdm"},
     "pictures": {"torch", "torchvision", "PIL", "av", "safe_files", "synthetic_video"},
