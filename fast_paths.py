@@ -25,7 +25,7 @@ GRAPH_WARM_UPS = 3  # runs before a capture, so that libraries have chosen their
 
 
 def use_fast_layers(gan, *, report):
-    """Sets gan.input_gradient and replaces each CNNParamTanh on a CPU by a faster form, where they give the same numbers.
+    """Sets gan.input_gradient, and calls use_fast_output_layers, where the faster forms give the same numbers.
 
     Args:
         gan: a wgan_gp.GAN.
@@ -34,13 +34,23 @@ def use_fast_layers(gan, *, report):
     shape = gan.generator.image_shape
     if _is_same(lambda: _compare_penalties(gan.critic, shape), "the penalty by double backward", report):
         gan.input_gradient = functools.partial(written_out_gradient, gan.critic)
-    if gan.device.type == "cpu":
-        layers, averaged = ([module for module in network.modules() if isinstance(module, CNNParamTanh)]
-                            for network in (gan.generator, gan.averaged))
-        for layer, average in zip(layers, averaged, strict=True):
-            if _is_same(lambda layer=layer: _compare_layers(layer), "the layer that makes a whole video", report):
-                for own in (layer, average):
-                    own.parts = functools.partial(parts_without_video, own)
+    use_fast_output_layers(gan.generator, gan.averaged, report=report)
+
+
+def use_fast_output_layers(*networks, report):
+    """Replaces each CNNParamTanh on a CPU by a faster form, which makes no video, where it gives the same numbers.
+
+    Args:
+        networks: modules that differ in nothing but their weights.
+        report: as in use_fast_layers.
+    """
+    layers = [[module for module in network.modules() if isinstance(module, CNNParamTanh)] for network in networks]
+    for first, *others in zip(*layers, strict=True):
+        if not first.cnn.conv.weight.is_cpu:
+            continue
+        if _is_same(lambda layer=first: _compare_layers(layer), "the layer that makes a whole video", report):
+            for layer in (first, *others):
+                layer.parts = functools.partial(parts_without_video, layer)
 
 
 def _is_same(compare, plain, report):
@@ -80,7 +90,7 @@ def _compare_penalties(critic, shape):
 
 def _compare_layers(layer):
     """Returns alpha by parts_without_video and by CNNParamTanh, and its gradients for the images and the parameters."""
-    layer = _moved_copy(layer)
+    layer = _moved_copy(layer).requires_grad_()
     shape = 2, layer.cnn.conv.in_channels // layer.num_frames, *layer.cnn.input_shape[1:]
     images = torch.rand(shape, dtype=torch.float64, generator=random_generator("fast paths", "layer")).requires_grad_()
     results = []

@@ -1,7 +1,7 @@
 """Pictures and clips from a trained generator: python generate.py runs/images --clip walk
 
-Image i is a function of the seed, i and the generator alone. With the seed of the run, the first 64 images are those of its
-sample grids.
+Image i is a function of the seed, i and the generator; how many are asked for changes it by rounding alone. With the seed of
+the run, the first 64 images are those of its sample grids.
 """
 import argparse
 import dataclasses
@@ -16,13 +16,15 @@ from tqdm import tqdm
 from checkpointing import CheckpointError, export_generator, load_generator
 from config import DEVICES, Settings, add_options, missing_package, option, option_name, source_and_options
 from console import print_error, program_output, say
-from devices import DeviceError, limit_threads, pick_device
+from devices import DeviceError, keep_freed_memory, limit_threads, pick_device
+from fast_paths import use_fast_output_layers
 from image_data import DataError
 from latent_paths import decode_each, encode_photo, frames_of, morph, read_photo, walk
 from pictures import CLIP_FORMATS, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
 from randomness import latent_noise
 from synthetic_video import synthetic_video
 
+MANY = 256  # images, after which the faster layer has made up for the time that its preparation takes
 KINDS = ("clip", "animate", "morph", "alpha_maps", "timelapse", "export")  # instead of single images
 
 
@@ -99,8 +101,11 @@ def generate(source, options):
         return [export_generator(source, options.export, report=say)]
     if options.timelapse:
         return [_save(time_lapse(source), "timelapse", options)]
-    limit_threads()
     vae = load_generator(source, report=say).to(pick_device(options.device))
+    limit_threads()
+    photos = options.animate is not None or options.morph
+    if (1 if photos else options.num_images) * (options.frames if photos or options.clip == "walk" else 1) >= MANY:
+        use_fast_output_layers(vae, report=say)
     if options.animate is not None:
         frames = frames_of(vae, walk(encode_photo(vae, options.animate), options.frames, seed=options.seed))
         return [_save(frames, f"{_stem(options.animate)}-animated", options)]
@@ -114,7 +119,7 @@ def generate(source, options):
         return [_save_alpha_maps(vae, options)]
 
     numbers = tqdm(range(options.num_images), unit=options.clip or "image", disable=None)
-    shown = ((index, _frames(vae, index, options)) for index in numbers)
+    shown = zip(numbers, _clips(vae, options), strict=True)
     kind = f"-{options.clip}" if options.clip else ""
     if not options.grid:
         return [_save(frames, f"seed{options.seed}-{index:05d}{kind}", options) for index, frames in shown]
@@ -127,13 +132,16 @@ def _stem(photo):
     return pathlib.Path(photo).stem[:40]  # a file name has room for 255 bytes
 
 
-def _frames(vae, index, options):
-    """Returns the frames (T, C, H, W) of image number `index`, one frame where no clip is asked for."""
-    z = latent_noise(options.seed, [index], vae.latent_dim).to(vae.mu.weight.device)
+def _clips(vae, options):
+    """Yields the frames (T, C, H, W) of each image, one frame where no clip is asked for."""
+    z = latent_noise(options.seed, range(options.num_images), vae.latent_dim).to(vae.mu.weight.device)
     if options.clip == "walk":
-        return frames_of(vae, walk(z, options.frames, seed=options.seed, index=index))
-    image = frames_of(vae, z)
-    return synthetic_video(image, options.frames)[0] if options.clip == "synthetic" else image
+        for index, start in enumerate(z.split(1)):
+            yield frames_of(vae, walk(start, options.frames, seed=options.seed, index=index))
+        return
+    for decoded in decode_each(vae, z):
+        image = decoded.images.cpu()
+        yield synthetic_video(image, options.frames)[0] if options.clip == "synthetic" else image
 
 
 def _save_alpha_maps(vae, options):
@@ -173,6 +181,7 @@ def parser():
 
 def main(arguments=None):
     source, options = source_and_options(parser(), Options, arguments)
+    keep_freed_memory()
     with program_output():
         try:
             paths = generate(source, options)

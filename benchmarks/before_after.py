@@ -4,7 +4,7 @@
 
 layer: what CNNParamTanh costs of a step, beside networks without it.
 busy: training on an idle machine, and beside one process that keeps a core busy.
-rendering: single images of a generator.
+rendering: many images of one generator, by generate.py: frames of a walk, which are not coded, and files of single images.
 
 Each figure is taken in a process of its own. The processes of a size take turns, so that whatever slows one slows all.
 """
@@ -24,6 +24,7 @@ HERE = pathlib.Path(__file__).resolve().parents[1]
 ROUNDS = 9
 READING = 0.5  # at least so many seconds between two readings of the clock
 BATCH = 16
+RENDERED = {"frames": 1024, "files": 128}
 
 
 class Row:
@@ -92,6 +93,23 @@ def train_steps(*, size, precision="auto", output_layer="cnn"):
         training.train(config, data=images, after_step=lambda step, metrics: next(pieces))
 
 
+def render(*, size, kind):
+    """Each piece of work is frames of one walk, or single images in files, by generate.py."""
+    import torch
+
+    import generate
+    import training
+    from config import Config
+    with tempfile.TemporaryDirectory() as folder:
+        run = training.train(Config(data="noise", image_size=size, steps=1, out=f"{folder}/run", sample_every=10**9),
+                             data=torch.randint(256, (100, 3, size, size), dtype=torch.uint8))
+        generate.save_clip = lambda *arguments, **settings: None  # coding takes its own time
+        number = str(RENDERED[kind])
+        what = ["--num-images", "1", "--clip", "walk", "--frames", number] if kind == "frames" else ["--num-images", number]
+        for _ in pieces_of_work():
+            assert generate.main([str(run), "--out", f"{folder}/out", *what]) == 0
+
+
 def layer(checkouts, sizes):
     print(f"{'':24}{'size':>7}{'images/s':>10}{'none':>10}{'share of the layer':>20}")
     for size, precision in itertools.product(sizes, ("float32", "bfloat16")):
@@ -131,7 +149,18 @@ def take_turns(rows, name, *, rounds=ROUNDS, stop=True):
             row.stop()
 
 
-TASKS = {"layer": (layer, train_steps), "busy": (busy, train_steps)}
+def rendering(checkouts, sizes):
+    print(f"{'':24}{'size':>7}{'images/s':>10}{'ratio':>8}")
+    for size, kind in itertools.product(sizes, ("frames", "files")):
+        rows = {name: Row(checkout, "rendering", size=size, kind=kind) for name, checkout in checkouts.items()}
+        take_turns(rows.values(), "idle")
+        first = next(iter(rows.values())).median("idle")
+        for name, row in rows.items():
+            seconds = row.median("idle")
+            print(f"{name:8}{kind:16}{size:4} px{RENDERED[kind] / seconds:10.1f}{first / seconds:8.2f}", flush=True)
+
+
+TASKS = {"layer": (layer, train_steps), "busy": (busy, train_steps), "rendering": (rendering, render)}
 
 
 def main():
