@@ -3,7 +3,7 @@
     python benchmarks/before_after.py {layer,busy,rendering} [--before CHECKOUT] [--sizes 32 64 128]
 
 layer: what CNNParamTanh costs of a step, beside networks without it.
-busy: training on an idle machine, and beside one process that keeps a core busy.
+busy: training alone, and beside one process that keeps a core busy.
 rendering: many images of one generator, by generate.py: frames of a walk, which are not coded, and files of single images.
 
 Each figure is taken in a process of its own. The processes of a size take turns, so that whatever slows one slows all.

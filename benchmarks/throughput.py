@@ -7,6 +7,7 @@ is busy for a while slows both, and the ratio stays.
 """
 import argparse
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -56,6 +57,7 @@ MEASURES = {  # each row has all of those above it
 SHIPPED = {
     "off": "as shipped, --compile off",
     "auto": "as shipped",
+    "float32": "as shipped, --precision float32",
     "on": "as shipped, --compile on",
     "processes": "as shipped, 2 processes",
 }
@@ -343,8 +345,8 @@ def run_row(name, config):
         for _ in ticks:
             next(steps)
     else:
-        mode = name if name in ("off", "auto", "on") else "auto"
-        config = Config(**{**vars(config), "compile": mode})
+        mode = name if name in ("off", "on") else "auto"
+        config = dataclasses.replace(config, compile=mode, precision="float32" if name == "float32" else "auto")
         keep_freed_memory()
         ticks = itertools.repeat(None) if name == "follower" else clock()
         next(ticks)  # the start of the first step
@@ -385,7 +387,8 @@ def run_all(config, options):
           f"{size} px, batch {batch}\n")
     input_pipelines(config)
     print()
-    left_out = {"processes": CUDA and torch.cuda.device_count() < 2, "off": not CUDA}
+    left_out = {"processes": CUDA and torch.cuda.device_count() < 2, "off": not CUDA,
+                "float32": pick_precision(DEVICE) == "float32"}
     found = compare([name for name in [*MEASURES, *SHIPPED, "floor"] if not left_out.get(name)], options, batch)
     ratio, seconds, (_, work, fastest) = found["floor"]
     rate, above = work / seconds, ratio / found["auto"][0]

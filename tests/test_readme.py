@@ -30,7 +30,7 @@ def blocks(language):
 def test_every_command_is_of_a_kind_that_is_run_here():
     for block in blocks("bash"):
         for line in block.splitlines():
-            assert re.match(r"\.venv/bin/python (training|generate|evaluate|benchmarks/(throughput|experiments))\.py |"
+            assert re.match(r"\.venv/bin/python (training|generate|evaluate|benchmarks/(throughput|experiments|before_after))\.py |"
                             r"\.venv/bin/torchrun |python3 -m venv \.venv && \.venv/bin/pip install -r ", line), line
 
 
@@ -129,7 +129,7 @@ def _written(code):
 def test_files_and_options_that_it_names_exist():
     for name in re.findall(r"`?((?:tests/|benchmarks/)?\w+\.py)`|(docs/\w+\.\w+)", TEXTS):
         assert (ROOT / "".join(name)).exists(), name
-    others = {"--nproc-per-node", "--max-restarts", "--seeds"}  # of torchrun and of a benchmark
+    others = {"--nproc-per-node", "--max-restarts", "--seeds", "--before"}  # of torchrun and of benchmarks
     options = set(re.findall(r"(--[a-z][a-z-]+)", TEXTS)) - others
     helps = "".join(program.parser().format_help() for program in (config, generate, evaluate))
     known = set(re.findall(r"(--[a-z][a-z-]+)", helps))
