@@ -89,15 +89,15 @@ def _compare_penalties(critic, shape):
 
 
 def _compare_layers(layer):
-    """Returns alpha by parts_without_video and by CNNParamTanh, and its gradients for the images and the parameters."""
+    """Returns alpha and images by parts_without_video and by the layer, and gradients for its input and its parameters."""
     layer = _moved_copy(layer).requires_grad_()
     shape = 2, layer.cnn.conv.in_channels // layer.num_frames, *layer.cnn.input_shape[1:]
     images = torch.rand(shape, dtype=torch.float64, generator=random_generator("fast paths", "layer")).requires_grad_()
     results = []
     for parts in (functools.partial(parts_without_video, layer), layer.parts):
-        alpha = parts(images)[1]
-        gradients = torch.autograd.grad(alpha.square().sum(), [images, *layer.parameters()])
-        results.append((alpha.detach(), *gradients))
+        _, alpha, after = parts(images)
+        gradients = torch.autograd.grad(alpha.square().sum() + after.square().sum(), [images, *layer.parameters()])
+        results.append((alpha.detach(), after.detach(), *gradients))
     return zip(*results, strict=True)
 
 
