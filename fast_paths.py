@@ -183,18 +183,19 @@ class VideoConvolution(torch.autograd.Function):
         taps = _taps(weight, ctx.num_frames)
         gradient = _planes(gradient).view(len(weight), -1, n)
         of_grey = (gradient.sum(2) @ matrices.inside).T.reshape(-1, 1)
-        of_taps, of_planes = of_grey * matrices.grey, torch.zeros_like(planes)
+        exact = torch.promote_types(weight.dtype, torch.float32)  # of a sum over all blocks
+        of_taps, of_planes = (of_grey * matrices.grey).to(exact), torch.zeros_like(planes)
         for block in matrices.blocks:
             video = _sparse_product(block.frames, planes).view(-1, taps.shape[1], width * n)
             of_products = _sparse_product(block.shifts_back, gradient[:, block.outputs].flatten(0, 1))
             of_products = of_products.view(-1, len(taps), width * n)
-            of_taps = of_taps + torch.bmm(of_products, video.transpose(1, 2)).sum(0)
+            of_taps += torch.bmm(of_products, video.transpose(1, 2)).sum(0, dtype=exact)
             of_video = torch.bmm(taps.T.expand(len(video), *taps.T.shape), of_products)
             read = _sparse_product(block.frames_back, of_video.view(-1, n))
             of_planes.view(channels, -1, n)[:, block.pixels] += read.view(channels, -1, n)
         of_weight = of_taps.view(3, 3, len(weight), channels, -1).permute(2, 4, 3, 0, 1).flatten(1, 2)
         of_images = torch.empty_like(images).copy_(of_planes.view(channels, height, width, n).permute(3, 0, 1, 2))
-        return of_images, of_weight, gradient.sum((1, 2)), None
+        return of_images, of_weight.to(weight.dtype), gradient.sum((1, 2)), None
 
 
 def _planes(images):
