@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 
 import torch
 
@@ -83,10 +84,14 @@ def limit_threads():
 
 
 def start_threads():
-    """Starts torch's threads and returns their ids; an empty list where they run already or the system does not tell."""
+    """Starts torch's threads; returns their ids, this one first.
+
+    An empty list where they run already or the system does not tell.
+    """
     before = _thread_ids()
     torch.ones(2**20).tanh()
-    return sorted(_thread_ids() - before)
+    threads = [threading.get_native_id(), *sorted(_thread_ids() - before)]
+    return threads if len(threads) == torch.get_num_threads() else []
 
 
 def _thread_ids():
@@ -98,15 +103,14 @@ def _thread_ids():
 
 @contextlib.contextmanager
 def one_core_each(threads):
-    """Keeps this thread and torch's others on a core each, where those of all processes of the run take up all cores.
+    """Keeps each thread on a core of its own, where those of all processes of the run take up all cores.
 
     Threads wait for each other thousands of times a second. Beside another busy process the system would often let two of
     them share a core while the other process has one for itself.
 
     Args:
-        threads: what start_threads has returned.
+        threads: what start_threads has returned; of an empty list none is moved.
     """
-    threads = [0, *threads]  # 0: this one
     places = _places(len(threads))
     allowed = os.sched_getaffinity(0) if places else set()
     with contextlib.suppress(OSError):  # not permitted

@@ -261,19 +261,19 @@ def _video_matrices(channels, height, width, num_frames, filters, dtype):
         channel = torch.arange(channels).view(-1, 1, 1, 1, 1)
         written = _numbers(end - start, channels, num_frames, width, 1, 1)
         frames = _sparse_matrix(used, written, channel * height * width + read, values, written.numel(), dtype)
-        read = channel * (pixels.stop - pixels.start) + read - pixels.start
-        frames_back = _sparse_matrix(used, read, written, values, channels * (pixels.stop - pixels.start), dtype)
+        num_read = pixels.stop - pixels.start
+        read = channel * num_read + read - pixels.start
+        frames_back = _sparse_matrix(used, read, written, values, channels * num_read, dtype)
         # Axes: row, row and column of the tap, filter, column.
         products = _numbers(end - start, 3, 3, filters, width)
         i = torch.arange(start + 1, end + 1).view(-1, 1, 1, 1, 1) - torch.arange(3).view(3, 1, 1, 1)
         j = torch.arange(1, width + 1) - torch.arange(3).view(3, 1, 1)
         used = ((i >= 0) & (i < height) & (j >= 0) & (j < width)).expand_as(products)
         outputs = slice(max(start - 1, 0) * width, min(end + 1, height) * width)
-        added = torch.arange(filters).view(-1, 1) * (outputs.stop - outputs.start) + i * width + j - outputs.start
-        shape = filters * (outputs.stop - outputs.start)
-        ones = torch.ones(1)
+        num_outputs, ones = outputs.stop - outputs.start, torch.ones(1)
+        added = torch.arange(filters).view(-1, 1) * num_outputs + i * width + j - outputs.start
         blocks.append(VideoBlock(pixels, frames, frames_back, outputs,
-                                 _sparse_matrix(used, added, products, ones, shape, dtype),
+                                 _sparse_matrix(used, added, products, ones, filters * num_outputs, dtype),
                                  _sparse_matrix(used, products, added, ones, products.numel(), dtype)))
     inside = F.unfold(torch.ones(1, 1, height, width), 3, padding=1)[0].T
     return VideoMatrices(blocks, inside.to(dtype), grey.flatten().repeat(channels).to(dtype))
