@@ -11,14 +11,14 @@ Each figure is taken in a process of its own. The processes of a size take turns
 import argparse
 import itertools
 import json
-import os
 import pathlib
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+import rows
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 ROUNDS = 9
@@ -30,19 +30,9 @@ RENDERED = {"frames": 1024, "files": 128}
 class Row:
     """A process that imports the project from a checkout and does a number of pieces of work when told to."""
 
-    def __init__(self, checkout, task, *, processes=1, environment=None, **settings):
-        command = [sys.executable, __file__, task, "--row", json.dumps([str(checkout), settings])]
-        environment = os.environ | (environment or {})
-        if processes > 1:  # as torchrun does
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1",
-                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self.processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                             env=environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}))
-            for rank in range(processes)]
+    def __init__(self, checkout, task, *, processes=1, **settings):
+        self.processes = rows.start([sys.executable, __file__, task, "--row", json.dumps([str(checkout), settings])],
+                                    processes=processes)
         self.seconds, self.pieces = {}, 1
         for _ in range(3):
             self._do()
@@ -63,9 +53,7 @@ class Row:
         return statistics.median(self.seconds[name])
 
     def stop(self):
-        for process in self.processes:
-            process.kill()
-            process.communicate()
+        rows.stop(self.processes)
 
 
 def pieces_of_work():
@@ -80,11 +68,11 @@ def train_steps(*, size, precision="auto", output_layer="cnn"):
     """Each piece of work is a step of training on noise."""
     import torch
 
-    import training  # before torch, as in `python training.py`
+    import training
     from config import Config
     from devices import keep_freed_memory
     keep_freed_memory()
-    pieces = itertools.repeat(None) if int(os.environ.get("RANK", 0)) else pieces_of_work()
+    pieces = pieces_of_work() if rows.is_first() else itertools.repeat(None)
     with tempfile.TemporaryDirectory() as out:
         config = Config(data="noise", image_size=size, precision=precision, output_layer=output_layer, out=out,
                         batch_size=BATCH, steps=10**9, sample_every=10**9, checkpoint_every=10**9)
@@ -113,11 +101,11 @@ def render(*, size, kind):
 def layer(checkouts, sizes):
     print(f"{'':24}{'size':>7}{'images/s':>10}{'none':>10}{'share of the layer':>20}")
     for size, precision in itertools.product(sizes, ("float32", "bfloat16")):
-        rows = {(name, output): Row(checkout, "layer", size=size, precision=precision, output_layer=output)
-                for name, checkout in checkouts.items() for output in ("cnn", "none")}
-        take_turns(rows.values(), "idle")
+        found = {(name, output): Row(checkout, "layer", size=size, precision=precision, output_layer=output)
+                 for name, checkout in checkouts.items() for output in ("cnn", "none")}
+        take_turns(found.values(), "idle")
         for name in checkouts:
-            seconds, without = (rows[name, output].median("idle") for output in ("cnn", "none"))
+            seconds, without = (found[name, output].median("idle") for output in ("cnn", "none"))
             print(f"{name:8}{precision:16}{size:4} px{BATCH / seconds:10.1f}{BATCH / without:10.1f}"
                   f"{1 - without / seconds:20.1%}", flush=True)
 
@@ -140,22 +128,22 @@ def busy(checkouts, sizes):
                   f"{BATCH / beside:10.1f}{idle / beside:20.1%}", flush=True)
 
 
-def take_turns(rows, name, *, rounds=ROUNDS, stop=True):
+def take_turns(found, name, *, rounds=ROUNDS, stop=True):
     for _ in range(rounds):
-        for row in rows:
+        for row in found:
             row.measure(name)
     if stop:
-        for row in rows:
+        for row in found:
             row.stop()
 
 
 def rendering(checkouts, sizes):
     print(f"{'':24}{'size':>7}{'images/s':>10}{'ratio':>8}")
     for size, kind in itertools.product(sizes, ("frames", "files")):
-        rows = {name: Row(checkout, "rendering", size=size, kind=kind) for name, checkout in checkouts.items()}
-        take_turns(rows.values(), "idle")
-        first = next(iter(rows.values())).median("idle")
-        for name, row in rows.items():
+        found = {name: Row(checkout, "rendering", size=size, kind=kind) for name, checkout in checkouts.items()}
+        take_turns(found.values(), "idle")
+        first = next(iter(found.values())).median("idle")
+        for name, row in found.items():
             seconds = row.median("idle")
             print(f"{name:8}{kind:16}{size:4} px{RENDERED[kind] / seconds:10.1f}{first / seconds:8.2f}", flush=True)
 

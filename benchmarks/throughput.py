@@ -11,15 +11,14 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+import rows
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -223,28 +222,24 @@ def _synchronize():
 class Row:
     """A process that takes steps when told to."""
 
-    def __init__(self, name, options, *, rank=None, ranks=1, port=None):
-        environment = dict(os.environ)
-        if rank is not None:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
+    def __init__(self, name, options):
         self.started = time.perf_counter()
-        self.process = subprocess.Popen([sys.executable, __file__, *options, "--row", name], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, env=environment)
+        processes = 2 if name == "processes" else 1
+        self.processes = rows.start([sys.executable, __file__, *options, "--row", name], processes=processes,
+                                    threads=max(1, torch.get_num_threads() // processes))
         self.times = []
 
     def step(self):
-        print(file=self.process.stdin, flush=True)
-        for line in self.process.stdout:
+        print(file=self.processes[0].stdin, flush=True)
+        for line in self.processes[0].stdout:
             if line.startswith("["):
                 self.last = json.loads(line)
                 self.times.append(self.last[0])
                 return
-        raise SystemExit(f"a row ended: exit status {self.process.wait()}")
+        raise SystemExit(f"a row ended: exit status {self.processes[0].wait()}")
 
     def stop(self):
-        self.process.kill()
-        self.process.communicate()
+        rows.stop(self.processes)
 
 
 def compare(names, options, images_per_step):
@@ -254,15 +249,7 @@ def compare(names, options, images_per_step):
     plain.step()
     found = {}
     for name in names:
-        others = []
-        if name == "processes":
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            row = Row(name, options, rank=0, ranks=2, port=port)
-            others = [Row("follower", options, rank=1, ranks=2, port=port)]
-        else:
-            row = Row(name, options)
+        row = Row(name, options)
         row.step()
         first = time.perf_counter() - row.started
         for _ in range(2):
@@ -276,8 +263,7 @@ def compare(names, options, images_per_step):
             label = {**MEASURES, **SHIPPED}[name]
             print(f"{label:46}{images_per_step * STEPS / seconds:9.1f}{beside / seconds:7.2f}{row.last[1] / 2**30:6.1f} GiB"
                   f"{first:10.1f} s", flush=True)
-        for ended in (row, *others):
-            ended.stop()
+        row.stop()
     plain.stop()
     return found
 
@@ -348,7 +334,7 @@ def run_row(name, config):
         mode = name if name in ("off", "on") else "auto"
         config = dataclasses.replace(config, compile=mode, precision="float32" if name == "float32" else "auto")
         keep_freed_memory()
-        ticks = itertools.repeat(None) if name == "follower" else clock()
+        ticks = clock() if rows.is_first() else itertools.repeat(None)
         next(ticks)  # the start of the first step
         training.train(config, after_step=lambda step, metrics: next(ticks))
 
