@@ -21,13 +21,15 @@ def augment(images, augment_numbers):
         augment_numbers: (N, NUM_AUGMENT_NUMBERS) uniform in [0, 1]; the same numbers give the same transform.
 
     Returns:
-        (N, C, H, W), differentiable; brightness and contrast may leave [0, 1].
+        (N, C, H, W), differentiable; brightness and contrast may leave [0, 1]. Transparency is only moved.
     """
     mirror, down, right, zoom, brightness, contrast = (2 * augment_numbers - 1).to(images.dtype).unbind(1)
     height, width = images.shape[-2:]
     rows = window_matrix(height, 1 + ZOOM * zoom, height * (SHIFT * down))
     columns = window_matrix(width, torch.where(mirror < 0, -1.0, 1.0) * (1 + ZOOM * zoom), width * (SHIFT * right))
     moved = torch.einsum("nhi,ncij,nwj->nchw", rows, images, columns)
-    mean = moved.mean(dim=(1, 2, 3), keepdim=True)
+    colours, transparency = moved[:, :3], moved[:, 3:]
+    mean = colours.mean(dim=(1, 2, 3), keepdim=True)
     contrast = (1 + CONTRAST * contrast).view(-1, 1, 1, 1)
-    return mean + contrast * (moved - mean) + BRIGHTNESS * brightness.view(-1, 1, 1, 1)
+    toned = mean + contrast * (colours - mean) + BRIGHTNESS * brightness.view(-1, 1, 1, 1)
+    return torch.cat([toned, transparency], dim=1) if transparency.shape[1] else toned

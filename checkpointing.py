@@ -3,12 +3,15 @@
 A checkpoint may come from someone you do not trust: every entry is checked before use, and no text in it becomes a path or
 code.
 """
+import contextlib
+import math
 import pathlib
 import re
 import zipfile
 
 import torch
 
+from image_sizes import RESIZE_MODES, height_and_width, plain_size
 from model_definitions import VAE
 from safe_files import atomic_write
 
@@ -16,7 +19,9 @@ FORMAT = 2  # raised when older files can no longer be read
 LARGEST_OUTLINE = 2**18  # bytes of names and shapes, ten times what ours need: deep nesting can crash the unpickler
 SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "threads": int,
           "config": dict, "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict,
-          "critic": dict, "generator_optimizer": dict, "critic_optimizer": dict}
+          "critic": dict, "generator_optimizer": dict, "critic_optimizer": dict, "preparation": dict, "image_set": str}
+ABSENT = {"threads": 0, "preparation": {}, "image_set": ""}  # what older checkpoints do not say
+SAMPLES = ("integer", "float")  # kinds of more than 8 bits
 TRAINING_ONLY = ("generator", "critic", "generator_optimizer", "critic_optimizer", "pending_metrics")
 
 
@@ -41,7 +46,7 @@ def save_checkpoint(folder, step, state, *, keep):
     folder = pathlib.Path(folder)
     path = folder / f"step_{step:07d}.pt"
     with atomic_write(path, bytes_needed=_num_bytes(state)) as file:
-        torch.save({"format": FORMAT, "step": step, **state}, file)
+        torch.save(_file_form({"format": FORMAT, "step": step, **state}), file)
     up_to_this = [other for other in list_checkpoints(folder) if _order(other) <= _order(path)]
     for old in up_to_this[:-keep]:  # later files are ignored: they are damaged ones that the resume skipped
         old.unlink()
@@ -81,10 +86,46 @@ def load_checkpoint(path):
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
     if type(state) is not dict or type(state.get("format")) is not int or state["format"] != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program, or of another version")
-    state.setdefault("threads", 0)  # older checkpoints do not say
+    state = {**ABSENT, **state}
     if fault := _fault(state):
         raise CheckpointError(f"{path}: not a checkpoint of this program: {fault}")
-    return state
+    return state | {name: settings_of_file(state[name]) for name in ("config", "model_arguments")}
+
+
+def settings_for_file(settings):
+    """Returns a dict of settings as files hold it: an image_size as two plain numbers."""
+    settings = dict(settings)
+    with contextlib.suppress(KeyError, ValueError):
+        settings["image_height"], settings["image_width"] = height_and_width(settings["image_size"])
+        del settings["image_size"]
+    return settings
+
+
+def settings_of_file(settings):
+    """Returns a dict of settings as it was before settings_for_file; older files hold image_size itself, and no channels."""
+    settings = dict(settings)
+    with contextlib.suppress(KeyError, ValueError):  # of a damaged file, whose settings will not fit
+        settings["image_size"] = plain_size((settings["image_height"], settings["image_width"]))
+        del settings["image_height"], settings["image_width"]
+    return {"channels": 3, **settings} if "image_size" in settings else settings
+
+
+def _file_form(state):
+    return state | {name: settings_for_file(state[name]) for name in ("config", "model_arguments") if name in state}
+
+
+def preparation_for_file(resize_mode, levels):
+    """Returns how images were prepared, as plain values; see image_files.decode_image."""
+    ends = {f"{kind}_{end}": value for kind, pair in levels.items()
+            for end, value in zip(("black", "white"), pair, strict=True)}
+    return {"resize_mode": resize_mode, **ends}
+
+
+def preparation_of_file(preparation):
+    """Returns the resize_mode and levels of preparation_for_file; of an older checkpoint "crop", and {} for unknown."""
+    levels = {kind: (preparation[f"{kind}_black"], preparation[f"{kind}_white"])
+              for kind in SAMPLES if f"{kind}_black" in preparation}
+    return {"resize_mode": preparation.get("resize_mode", "crop"), "levels": levels}
 
 
 def _check_archive(path):
@@ -124,6 +165,16 @@ def _fault(state):
     for name in ("config", "model_arguments"):
         if any(type(key) is not str or isinstance(value, dict | torch.Tensor) for key, value in state[name].items()):
             return f"{name} holds other things than plain values"
+    try:
+        preparation = preparation_of_file(state["preparation"])
+        fits = preparation["resize_mode"] in RESIZE_MODES and all(
+            type(black) is type(white) is float and -math.inf < black < white < math.inf
+            for black, white in preparation["levels"].values())
+        fits &= state["preparation"].keys() in ({}.keys(), preparation_for_file(**preparation).keys())
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        return "preparation is not how images are prepared"
     pending = state["pending_metrics"]
     length = max((len(value) for value in pending.values() if isinstance(value, torch.Tensor) and value.dim()), default=0)
     if length > state["step"]:
@@ -187,7 +238,9 @@ def load_newest(folder, *, report=print):
 def load_generator(path, *, report=print):
     """Returns the averaged VAE of a checkpoint, or of the newest one of a run folder.
 
-    It is on the CPU, in evaluation mode and without gradients. Loading is safe on a file from someone you do not trust.
+    It is on the CPU, in evaluation mode and without gradients. Its attribute `preparation` holds the arguments with which
+    image_files.decode_image prepares a picture as its training images were. Loading is safe on a file from someone you do
+    not trust.
 
     Args:
         path: a checkpoint or a run folder; "~" is the home directory.
@@ -199,6 +252,7 @@ def load_generator(path, *, report=print):
     state = _load_with_generator(path, report)
     vae = VAE(**state["model_arguments"])
     vae.load_state_dict(state["averaged"])
+    vae.preparation = {"channels": vae.image_shape[0], **preparation_of_file(state["preparation"])}
     return vae.requires_grad_(False).eval()
 
 
@@ -229,7 +283,7 @@ def save_generator(path, state):
     plain = {name: value for name, value in state["config"].items() if not isinstance(value, str)}
     state = state | {name: {} for name in TRAINING_ONLY} | {"config": plain}
     with atomic_write(path, bytes_needed=_num_bytes(state)) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        torch.save(_file_form({"format": FORMAT, **state}), file)
 
 
 def _load_with_generator(path, report):

@@ -1,13 +1,15 @@
 """The settings of training (class Config), and what turns settings into checks and a command line. Standard library only."""
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import typing
 
-IMAGE_SIZES = (32, 64, 128, 256)  # the same as in model_definitions.py, which --help does not import; a test compares them
+from image_sizes import CHANNELS, RESIZE_MODES, height_and_width, plain_size
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+KINDS = {tuple: "a size", bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
 def option(default, group, help, *, metavar=None, choices=None, minimum=None, above=None, maximum=None):
@@ -40,7 +42,12 @@ class Settings:
             if value is None:
                 continue
             kind = _kind(field)
-            if not isinstance(value, (int, float) if kind is float else kind):
+            if kind is tuple:
+                try:
+                    height_and_width(value)
+                except ValueError as error:
+                    faults.append(f"{name}: {error}")
+            elif not isinstance(value, (int, float) if kind is float else kind):
                 faults.append(f"{name}: must be {KINDS[kind]}, got {value!r}")
             elif rule["choices"] and value not in rule["choices"]:
                 faults.append(f"{name}: must be one of {', '.join(map(str, rule['choices']))}, got {value}")
@@ -72,7 +79,12 @@ class Config(Settings):
 
     data: str | None = option(None, "data", "folder of images, flat or with a folder for each class", metavar="DIR")
     demo: bool = option(False, "data", "draw a small folder of images and train on it, at settings that suit a laptop")
-    image_size: int = option(128, "data", "side of the square images", choices=IMAGE_SIZES)
+    image_size: tuple | int = option(128, "data", "side of square images, or height and width, such as 128x224: the "
+                                                  "shorter is 32, 64, 128, 256 or 512, the longer a multiple of its quarter",
+                                     metavar="PIXELS|HxW")
+    channels: int = option(3, "data", "1: grey, 3: colours, 4: colours and transparency", choices=CHANNELS)
+    resize_mode: str = option("crop", "data", "images of another shape: keep the centre, add white (with 4 channels: "
+                                              "nothing), or change their proportions", choices=RESIZE_MODES)
     cache_dir: str = option("cache", "data", "where decoded images are kept", metavar="DIR")
     check_data: bool = option(False, "data", "decode every image, report on the folder, then stop")
     skip_bad: bool = option(False, "data", "go on without the files that cannot be read")
@@ -132,6 +144,11 @@ class Config(Settings):
                                                         "as checkpoints/best.pt", metavar="STEPS", minimum=1)
     tensorboard: bool = option(False, "output", "write numbers and pictures for TensorBoard too, which has to be installed")
 
+    def __post_init__(self):
+        super().__post_init__()
+        with contextlib.suppress(ValueError):  # for faults() to report
+            object.__setattr__(self, "image_size", plain_size(self.image_size))
+
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
         faults = missing_package(self.tensorboard, "--tensorboard", "tensorboard", "tensorboard")
@@ -139,14 +156,11 @@ class Config(Settings):
             faults.append("--data: name a folder of images, or use --demo; one of the two")
         if self.fresh and self.resume:
             faults.append("--fresh: starts from nothing, so it does not go with --resume")
-        faults += super().faults()
-        if not faults and self.alpha_grid > self.image_size:
-            faults.append(f"--alpha-grid: must be at most --image-size ({self.image_size}), got {self.alpha_grid}")
-        return faults
+        return faults + super().faults()
 
     def model_arguments(self):
         """Returns the keyword arguments of VAE."""
-        names = ("image_size", "latent_dim", "base_channels", "num_frames", "output_layer", "alpha_grid")
+        names = ("image_size", "channels", "latent_dim", "base_channels", "num_frames", "output_layer", "alpha_grid")
         return {name: getattr(self, name) for name in names}
 
 
@@ -166,7 +180,7 @@ def _lenient(kind):
     """Converts, or returns the text unchanged for Config.faults to report."""
     def convert(text):
         try:
-            return kind(text)
+            return text if kind is tuple else kind(text)
         except ValueError:
             return text
     return convert

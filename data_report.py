@@ -1,57 +1,111 @@
 """What is in a folder of images, and what may be wrong with it: for --check-data."""
 import pathlib
+import statistics
 from collections import Counter
 
 from console import say
-from image_data import EXTENSIONS, check_readable, decode_folder
+from image_data import check_readable, common_levels_of, decode_folder, passed_over_text
+from image_sizes import LONGEST, SMALLEST_MAP, height_and_width, plain_size, size_text
 
 LISTED = 20  # entries shown of a list that may be long
+MANY = 0.1  # of the images
 
 
-def check_data(folder, size, *, cache_dir, skip_bad):
-    """Decodes every image of a folder and prints a report. Arguments as for image_data.load_images.
+def check_data(folder, config):
+    """Decodes every image of a folder and prints a report.
+
+    Args:
+        folder: a resolved path.
+        config: a Config, for image_size, channels, resize_mode, cache_dir and skip_bad.
 
     Raises:
         DataError: as image_data.decode_folder; unreadable images, all of them by name.
     """
-    files = decode_folder(folder, size, cache_dir=cache_dir)
-    say(report(folder, size, files))
+    found, files = decode_folder(folder, config.image_size, cache_dir=config.cache_dir, channels=config.channels,
+                                 resize_mode=config.resize_mode)
     bad = {facts.name: facts.fault for facts in files if facts.fault}
-    check_readable(folder, bad, len(files), skip_bad=skip_bad)
-    say_skipped(bad)
+    say(report(folder, config, files))
+    say_what_is_left_out({}, found.passed_over)
+    check_readable(found, bad, skip_bad=config.skip_bad)
+    say_what_is_left_out(bad | found.closed, {})
 
 
-def say_skipped(bad):
-    """Prints the files that are left out, a dict of names to reasons."""
+def say_what_is_left_out(bad, passed_over):
+    """Prints ImageSet.skipped and ImageSet.passed_over."""
+    if passed_over:
+        say(f"passed over: {passed_over_text(passed_over)}")
     if bad:
         say("\n".join([f"warning: {len(bad)} files cannot be read and are left out:",
                        *(f"  {name}: {reason}" for name, reason in bad.items())]))
 
 
-def report(folder, size, files):
+def say_what_would_suit(data, channels):
+    """Prints what of an ImageSet another number of channels would suit, and how samples of more than 8 bits are scaled."""
+    for line in _advice(len(data.images), data.num_grey, data.num_transparent, data.levels, channels):
+        say(line)
+
+
+def _advice(num_images, num_grey, num_transparent, levels, channels):
+    if channels == 3 and num_grey == num_images:
+        yield "note: every image is grey; --channels 1 trains faster, without colour casts"
+    if channels == 3 and num_transparent >= MANY * num_images:
+        yield f"note: {num_transparent} of {num_images} images have transparency, laid on white; --channels 4 keeps it"
+    if channels == 4 and not num_transparent:
+        yield "note: no image has transparency; --channels 3 trains faster"
+    for kind, (black, white) in levels.items():
+        yield f"note: {kind} samples of more than 8 bits are scaled: {black:g} is black, {white:g} is white"
+
+
+def report(folder, config, files):
     """Returns a text about a folder of images, by class, size and mode, and the names of files that may be wrong.
 
     Args:
-        folder: a resolved path.
-        size: pixels, to which the images are resized for training.
+        folder, config: as for check_data.
         files: the FileFacts of image_data.decode_folder.
     """
     good = [facts for facts in files if not facts.fault]
     first = {}
     for facts in good:
         first.setdefault(facts.digest, facts.name)
-    small = [f"{facts.name}: {facts.width} x {facts.height}" for facts in good if min(facts.width, facts.height) < size]
+    height, width = height_and_width(config.image_size)
+    small = [f"{facts.name}: {facts.width} x {facts.height}" for facts in good
+             if facts.width < width or facts.height < height]
     same = [f"{facts.name}: as {first[facts.digest]}" for facts in good if facts.name != first[facts.digest]]
     lines = [
         f"{folder}: {len(files)} images, {len(files) - len(good)} of them cannot be read",
         _counts("class", ((*pathlib.PurePath(facts.name).parts[:-1], "no class")[0] for facts in good)),
         _counts("width x height", (f"{facts.width} x {facts.height}" for facts in good)),
         _counts("mode", (facts.mode for facts in good)),
-        _counts("ignored files, by extension", _other_files(folder)),
-        _listing(f"smaller than {size} px, enlarged: {len(small)}\n  ", small, "\n  "),
+        *(_shapes(good, height, width) if good else ()),
+        *_advice(len(good), sum(facts.grey for facts in good), sum(facts.transparent for facts in good),
+                 common_levels_of(files), config.channels),
+        _listing(f"smaller than {size_text(config.image_size)} px, enlarged: {len(small)}\n  ", small, "\n  "),
         _listing(f"the same picture as another: {len(same)}\n  ", same, "\n  "),
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _shapes(good, height, width):
+    """Lines about what the ways of resizing do to images of other shapes, and about a shape that suits them better."""
+    ratios = [facts.width / facts.height for facts in good]
+    cuts = _cuts(ratios, width / height)
+    if max(cuts) < 0.01:
+        return
+    parts = [f"{what} {statistics.mean(values):.0%} of an image on average, at most {max(values):.0%}"
+             for what, values in (("crop cuts off", cuts), ("pad adds", [cut / (1 - cut) for cut in cuts]))]
+    yield f"resize mode: {'; '.join(parts)}; stretch changes proportions as much"
+    shorter = min(height, width)
+    longer = [n * shorter // SMALLEST_MAP for n in range(SMALLEST_MAP, LONGEST * SMALLEST_MAP + 1)]
+    sizes = [*((shorter, side) for side in longer), *((side, shorter) for side in longer)]
+    best = min(sizes, key=lambda size: statistics.mean(_cuts(ratios, size[1] / size[0])))
+    cut = statistics.mean(_cuts(ratios, best[1] / best[0]))
+    if cut < statistics.mean(cuts) / 2:
+        yield f"note: --image-size {size_text(plain_size(best))} would cut off {cut:.0%} on average"
+
+
+def _cuts(ratios, wanted):
+    """The part of each image that crop cuts off, from width / height of the images and of what is wanted."""
+    return [1 - min(ratio / wanted, wanted / ratio) for ratio in ratios]
 
 
 def _counts(title, values):
@@ -63,10 +117,3 @@ def _listing(title, entries, separator):
     """The title and the first entries, "" if there are none."""
     more = [f"and {len(entries) - LISTED} more"] if len(entries) > LISTED else []
     return title + separator.join([*entries[:LISTED], *more]) if entries else ""
-
-
-def _other_files(folder):
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and path.suffix.lower() not in EXTENSIONS:
-            yield path.suffix.lower() or "no extension"

@@ -57,24 +57,50 @@ def num_cpus(cgroups="/sys/fs/cgroup", own="/proc/self/cgroup"):
 
 def _cgroup_quotas(cgroups, own):
     """Yields the quotas, in CPUs, of the cgroups of this process and of those around them."""
+    for folder, version in _cgroups_of_this_process(cgroups, own, "cpu"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no quota
+            if version == 1:
+                quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            else:
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+            if quota > 0 and period > 0:  # -1: no quota
+                yield quota / period
+
+
+def _cgroups_of_this_process(cgroups, own, controller):
+    """Yields the folder of each cgroup that this process is in, and its version, 1 or 2."""
     try:
         lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
         return
     for _, controllers, path in lines:
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         # A container can be told the path on its host, and sees its own cgroup at the top: what is missing is passed over.
-        mounted = cgroups / "cpu" if controllers else cgroups
+        mounted = cgroups / controller if controllers else cgroups
         for folder in pathlib.PurePath(path, "x").relative_to("/").parents:
-            with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no quota
-                if controllers:
-                    files = [mounted / folder / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
-                    quota, period = (int(file.read_text()) for file in files)
-                else:
-                    quota, period = map(int, (mounted / folder / "cpu.max").read_text().split())
-                if quota > 0 and period > 0:  # -1: no quota
-                    yield quota / period
+            yield mounted / folder, 1 if controllers else 2
+
+
+def free_memory(cgroups="/sys/fs/cgroup", own="/proc/self/cgroup", system="/proc/meminfo"):
+    """Returns the bytes of memory that this process can still have, None where the system does not tell.
+
+    Args:
+        cgroups, own: as for num_cpus.
+        system: the file that tells what all of the system has.
+    """
+    found = []
+    with contextlib.suppress(KeyError, OSError, ValueError):
+        lines = dict(line.split(":", 1) for line in pathlib.Path(system).read_text().splitlines())
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    for folder, version in _cgroups_of_this_process(pathlib.Path(cgroups), pathlib.Path(own), "memory"):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+        with contextlib.suppress(KeyError, OSError, ValueError):
+            limit, used = (int((folder / name).read_text()) for name in names)
+            parts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            files = int(parts["active_file"]) + int(parts["inactive_file"])  # kept of files, and given up when it is needed
+            found.append(limit - used + files)
+    return min(found, default=None)
 
 
 def limit_threads():

@@ -13,6 +13,8 @@ from config import DEVICES, Settings, add_options, missing_package, option, sour
 from console import print_error, program_output, say
 from devices import DeviceError, limit_threads, pick_device
 from image_data import DataError, evenly_spaced, load_images
+from image_sizes import plain_size
+from pictures import on_white
 from randomness import latent_noise, random_generator
 
 BATCH = 16
@@ -48,7 +50,7 @@ def evaluate(vae, options):
     """Returns the metrics of a VAE as a dict of plain values; those whose names end in "_real" are of real images alone.
 
     Distances between sets depend on their size. So generated and real images are compared with the same half of the real
-    images, by as many: the other half of the real ones, and as many generated ones.
+    images, by as many: the other half of the real ones, and as many generated ones. Transparency is laid on white.
 
     Args:
         vae: on the device to compute on.
@@ -64,34 +66,39 @@ def evaluate(vae, options):
     training = _load(options.data, vae, options)
     if len(training) < MINIMUM_IMAGES:
         raise DataError(f"{options.data}: at least {MINIMUM_IMAGES} images are needed, it has {len(training)}")
-    real = evenly_spaced(training, options.num_images)
+    reals = evenly_spaced(training, options.num_images)
+    real = on_white(reals)
     device = vae.mu.weight.device
     z = latent_noise(options.seed, range(len(real)), vae.latent_dim).to(device)
-    fake = torch.cat([vae.decode(part).cpu() for part in tqdm(z.split(BATCH), desc="generating", disable=None)])
+    fake = torch.cat([on_white(vae.decode(part).cpu()) for part in tqdm(z.split(BATCH), desc="generating", disable=None)])
     if not fake.isfinite().all():
         raise CheckpointError("the generated images are not finite")
     half = len(real) // 2
-    metrics = {"num_images": len(real), "image_size": real.shape[-1]}
+    metrics = {"num_images": len(real), "image_size": plain_size(tuple(real.shape[-2:]))}
     for name, other in (("", fake), ("_real", real)):
         distances = image_metrics.sliced_wasserstein(real[:2 * half:2], other[1:2 * half:2],
                                                      generator=random_generator(options.seed, "patches"))
         metrics |= {f"sliced_wasserstein_{side}px{name}": distance for side, distance in distances.items()}
-    known = torch.cat([image_metrics.thumbnails(evenly_spaced(part, len(part))) for part in training.split(1_000)])
+    known = torch.cat([image_metrics.thumbnails(on_white(evenly_spaced(part, len(part)))) for part in training.split(1_000)])
     unseen = evenly_spaced(_load(options.held_out, vae, options), options.num_images) if options.held_out else None
+    new = reals if unseen is None else unseen
     small_real, small_fake = image_metrics.thumbnails(real), image_metrics.thumbnails(fake)
     metrics |= {
         "diversity": image_metrics.diversity(small_fake),
         "diversity_real": image_metrics.diversity(small_real),
         "nearest_training_image": image_metrics.nearest_distance(small_fake, known),
         "nearest_training_image_real": (image_metrics.nearest_distance(small_real, known, rank=2) if unseen is None
-                                        else image_metrics.nearest_distance(image_metrics.thumbnails(unseen), known)),
-        "reconstruction_error": image_metrics.reconstruction_error(vae, (real if unseen is None else unseen).to(device)),
+                                        else image_metrics.nearest_distance(image_metrics.thumbnails(on_white(new)), known)),
+        "reconstruction_error": image_metrics.reconstruction_error(vae, new.to(device)),
     }
     return metrics | image_metrics.inception_distances(real, fake, device) if options.inception else metrics
 
 
 def _load(folder, vae, options):
-    return load_images(folder, vae.image_shape[-1], cache_dir=options.cache_dir, skip_bad=options.skip_bad).images
+    """Returns the images of a folder, prepared as those that the VAE was trained on."""
+    preparation = getattr(vae, "preparation", {"channels": vae.image_shape[0]})  # load_generator sets it
+    return load_images(folder, vae.image_shape[1:], cache_dir=options.cache_dir, skip_bad=options.skip_bad,
+                       **preparation).images
 
 
 def alarms(metrics):

@@ -91,7 +91,7 @@ def _compare_penalties(critic, shape):
 def _compare_layers(layer):
     """Returns alpha and images by parts_without_video and by the layer, and gradients for its input and its parameters."""
     layer = _moved_copy(layer).requires_grad_()
-    shape = 2, layer.cnn.conv.in_channels // layer.num_frames, *layer.cnn.input_shape[1:]
+    shape = 2, *layer.cnn.video_shape[1:]
     images = torch.rand(shape, dtype=torch.float64, generator=random_generator("fast paths", "layer")).requires_grad_()
     results = []
     for parts in (functools.partial(parts_without_video, layer), layer.parts):
@@ -248,16 +248,19 @@ class VideoMatrices(NamedTuple):
 
 @functools.lru_cache(maxsize=2)  # a run computes at one size for long
 def _video_matrices(channels, height, width, num_frames, filters, dtype):
-    *matrices, grey = frame_matrices(height, width, num_frames, dtype=torch.promote_types(dtype, torch.float32))
+    exact = torch.promote_types(dtype, torch.float32)
+    *matrices, contrast, grey = frame_matrices(height, width, num_frames, channels, dtype=exact)
     (row_values, row_reads), (column_values, column_reads) = (matrix.topk(2) for matrix in matrices)  # (T, size, 2)
+    row_values = contrast.T[:, :, None, None] * row_values  # (C, T, H, 2)
     block_rows, blocks = max(1, BLOCK_PIXELS // width), []
     for start in range(0, height, block_rows):
         end = min(start + block_rows, height)
         # Axes: row, channel, frame, column, and the two rows and two columns of the image that are read.
-        values = row_values[:, start:end].transpose(0, 1)[:, None, :, None, :, None] * column_values[:, :, None, :]
+        values = row_values[:, :, start:end].permute(2, 0, 1, 3)[..., None, :, None] * column_values[:, :, None, :]
         read = row_reads[:, start:end].transpose(0, 1)[:, None, :, None, :, None] * width + column_reads[:, :, None, :]
-        used = (values != 0).expand(-1, channels, *(-1,) * 4)
-        pixels = slice(read[values != 0].min().item(), read[values != 0].max().item() + 1)
+        used = values != 0
+        in_use = read[used[:, :1]]
+        pixels = slice(in_use.min().item(), in_use.max().item() + 1)
         channel = torch.arange(channels).view(-1, 1, 1, 1, 1)
         written = _numbers(end - start, channels, num_frames, width, 1, 1)
         frames = _sparse_matrix(used, written, channel * height * width + read, values, written.numel(), dtype)
@@ -276,7 +279,7 @@ def _video_matrices(channels, height, width, num_frames, filters, dtype):
                                  _sparse_matrix(used, added, products, ones, filters * num_outputs, dtype),
                                  _sparse_matrix(used, products, added, ones, products.numel(), dtype)))
     inside = F.unfold(torch.ones(1, 1, height, width), 3, padding=1)[0].T
-    return VideoMatrices(blocks, inside.to(dtype), grey.flatten().repeat(channels).to(dtype))
+    return VideoMatrices(blocks, inside.to(dtype), grey.T.flatten().to(dtype))
 
 
 def _numbers(*shape):

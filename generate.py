@@ -11,6 +11,7 @@ import sys
 
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from checkpointing import CheckpointError, export_generator, load_generator
@@ -18,8 +19,8 @@ from config import DEVICES, Settings, add_options, missing_package, option, opti
 from console import print_error, program_output, say
 from devices import DeviceError, keep_freed_memory, limit_threads, pick_device
 from fast_paths import use_fast_output_layers
-from image_data import DataError
-from latent_paths import decode_each, encode_photo, frames_of, morph, read_photo, walk
+from image_files import DataError
+from latent_paths import decode_each, encode_photo, frames_of, morph, walk
 from pictures import CLIP_FORMATS, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
 from randomness import latent_noise
 from synthetic_video import synthetic_video
@@ -78,12 +79,15 @@ def time_lapse(run):
     paths = sorted(pathlib.Path(run).glob("samples/step_*.png"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise GenerateError(f"{run}: no sample grids in it (samples/step_*.png); a run folder of training.py is needed")
+    return torch.stack([_read_grid(path) for path in tqdm(paths, unit="grid", disable=None)])
+
+
+def _read_grid(path):
     try:
-        with Image.open(paths[-1], formats=["PNG"]) as last:
-            side = last.width
-        return torch.cat([read_photo(path, side) for path in tqdm(paths, unit="grid", disable=None)])
-    except OSError as error:
-        raise DataError(f"{paths[-1]}: {error}") from None
+        with Image.open(path, formats=["PNG"]) as image:
+            return pil_to_tensor(image) / 255
+    except Exception as error:  # Pillow's plugins raise whatever their parsers do
+        raise DataError(f"{path}: {error}") from None
 
 
 def generate(source, options):

@@ -16,170 +16,190 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from devices import num_cpus
+from image_files import (
+    EXTENSIONS,
+    HEIC_EXTENSIONS,
+    READS_HEIC,
+    DataError,
+    PassingError,
+    common_levels,
+    decode_image,
+    read_picture,
+    reads_heic,
+    what_it_is,
+)
+from image_sizes import CHANNELS, size_text
 from randomness import random_generator
 from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # the only ones parsed, whatever the extension
-CACHE_VERSION = 2
+__all__ = ["DataError", "ImageSet", "as_image_set", "batch_indices", "decode_folder", "decode_image", "find_images",
+           "load_images"]
+CACHE_VERSION = 3
 CHUNK = 512  # images decoded between two writes to the cache
 
 
-class DataError(ValueError):
-    """The folder cannot be trained on as it is; the message says what would do."""
-
-
 class ImageSet(NamedTuple):
-    """Decoded images."""
+    """Decoded images, and what decoding them has shown."""
 
     images: torch.Tensor  # (M, C, H, W) uint8; those of a folder are memory-mapped: read it, do not write to it
     folder: pathlib.Path | str  # a name, where there is no folder
     class_counts: dict  # name of the first folder below `folder` ("" for the folder itself) to number of images
-    skipped: dict  # name of a file that cannot be read, below `folder`, to the reason
+    skipped: dict  # name of a file or folder that cannot be read, below `folder`, to the reason
+    passed_over: dict = {}  # kind of what is no image that can be read, or is in a hidden folder, to their number
+    classes: tuple = ()  # the class folder of each image; () where there is no folder
+    digest: str = ""  # differs for other images
+    levels: dict = {}  # see image_files.decode_image; {} where no image has more than 8 bits
+    num_grey: int = 0  # images without colours, where C is 3 or 4
+    num_transparent: int = 0  # images with transparent parts
 
 
 class FileFacts(NamedTuple):
-    """What decoding a file has shown; of a file that cannot be read only `name` and `fault`."""
+    """What decoding a file has shown; of a file that cannot be read only `name`, `fault` and `passing`."""
 
     name: str  # below the folder
     fault: str | None = None
+    passing: bool = False  # whether another try may read it
     width: int = 0
     height: int = 0
     mode: str = ""  # Pillow's
-    digest: bytes = b""  # of the decoded pixels
+    digest: str = ""  # of the decoded pixels
+    grey: bool = False
+    transparent: bool = False
+    kind: str | None = None  # see image_files.Picture
+    lowest: float = 0.0
+    highest: float = 0.0
+
+
+class Found(NamedTuple):
+    """What is in a folder."""
+
+    folder: pathlib.Path  # resolved
+    paths: list  # of the images, sorted
+    passed_over: dict  # see ImageSet
+    closed: dict  # name of a folder that cannot be entered to the reason
 
 
 def find_images(folder):
     """Returns the paths of all images below a folder, sorted: class folders as for ImageFolder, or a flat folder.
 
     Raises:
-        DataError: no such folder, or no images in it.
+        DataError: no such folder, no images in it, or a folder in it that cannot be entered.
     """
+    found = _find(folder)
+    check_readable(found, {}, skip_bad=False)
+    return found.paths
+
+
+def _find(folder):
     folder = pathlib.Path(folder).expanduser().resolve()
     layout = f"Put images below it, in one folder ({folder}/a.jpg) or in one folder for each class ({folder}/cats/a.jpg)."
     if not folder.is_dir():
+        if folder.exists() and "archive" in (what_it_is(folder) or ""):
+            raise DataError(f"{folder} is {what_it_is(folder).split(',')[0]}: unpack it, and give the folder that comes out")
         raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}, a folder of images is needed. {layout}")
-    found = sorted(_walk(folder))
-    if not found:
-        raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)}). {layout}")
+    extensions = EXTENSIONS if reads_heic() else tuple(set(EXTENSIONS) - set(HEIC_EXTENSIONS))
+    found = Found(folder, [], Counter(), {})
+    for parent, names in _walk(found):
+        for name in names:
+            if name.startswith("._"):
+                continue
+            if name.lower().endswith(extensions):
+                found.paths.append(pathlib.Path(parent, name))
+            elif not name.startswith("."):
+                found.passed_over[pathlib.PurePath(name).suffix.lower() or "without an ending"] += 1
+    if not found.paths and not found.closed:
+        held = f" It holds {passed_over_text(found.passed_over)}." if found.passed_over else ""
+        raise DataError(f"{folder} holds no images ({', '.join(sorted(extensions))}).{held} {layout}")
+    found.paths.sort()
     return found
 
 
-def _walk(folder):
-    """Walks like ImageFolder, without hidden and thumbnail folders, and into each folder once (links can form a cycle)."""
-    def fail(error):
-        raise DataError(f"{error.filename}: {error.strerror}")
+def _walk(found):
+    """Walks like ImageFolder, without hidden and thumbnail folders, and into each folder once (links can form a cycle).
+
+    Yields the path and the names of the files of each folder.
+    """
+    def closed(error):
+        found.closed[os.path.relpath(error.filename, found.folder)] = f"cannot be entered: {error.strerror}"
 
     entered = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+    for parent, folders, files in os.walk(found.folder, followlinks=True, onerror=closed):
         real = os.path.realpath(parent)
         if real in entered:
             folders.clear()
             continue
         entered.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX", "@eaDir")))
-        for name in files:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("._"):
-                yield pathlib.Path(parent, name)
+        hidden = [name for name in folders if name.startswith((".", "__MACOSX", "@eaDir"))]
+        found.passed_over.update(["hidden folder(s)"] * len(hidden))
+        folders[:] = sorted(set(folders) - set(hidden))
+        yield parent, files
 
 
-def decode_image(path, size):
-    """Returns one picture file as uint8 (C, size, size): the shorter side resized to `size`, the centre kept.
-
-    EXIF orientation is applied, transparency laid on white, 16-bit and float samples scaled to 8 bit, and only the first
-    frame of an animation is read.
-
-    Raises:
-        DataError: the file is no picture, or a broken one; the message says why, in one line.
-    """
-    return decode_with_facts(path, size)[0]
+def passed_over_text(passed_over):
+    """Returns ImageSet.passed_over as text, and what would read the pictures among it."""
+    parts = [f"{count} {kind}" + (f" ({READS_HEIC})" if kind in HEIC_EXTENSIONS else "")
+             for kind, count in sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))]
+    return ", ".join(parts)
 
 
-def decode_with_facts(path, size):
-    """Returns decode_image, and the width, height and mode of the file."""
-    if not path.is_file():
-        raise DataError("not a file" if path.exists() else "a broken link" if path.is_symlink() else "no such file")
-    try:
-        with Image.open(path, formats=PILLOW_FORMATS) as image:
-            facts = image.width, image.height, image.mode
-            image.draft("RGB", (2 * size, 2 * size))  # JPEG only: skip detail that resizing would drop
-            image = _to_rgb(ImageOps.exif_transpose(image))
-            return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)).contiguous(), *facts
-    except Exception as error:  # Pillow's plugins raise whatever their parsers do
-        reason = str(error).replace(repr(str(path)), "").strip(" :") or type(error).__name__
-        raise DataError(reason) from None
-
-
-def _to_rgb(image):
-    if image.mode.startswith(("I", "F")):
-        # The file does not say which value is white. Take the smallest of 1 (float only), 255 and 65535 that is at least 0.8
-        # times the brightest sample.
-        brightest = 65535 if image.mode.startswith("I;16") else image.getextrema()[1]
-        scales = (1, 255, 65535) if image.mode == "F" else (255, 65535)
-        full = next((scale for scale in scales if brightest <= 1.25 * scale), brightest)
-        image = image.convert("F").point(lambda value: value * (255 / full)).convert("L")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def load_images(folder, size, *, cache_dir, skip_bad=False):
+def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, resize_mode="crop", levels=None):
     """Returns the ImageSet of a folder, from the cache, which is built first where there is none.
 
-    The cache is keyed by the names, sizes and times of the files and by the image size: a changed folder is decoded again.
-    It is written atomically. Of runs that start together one builds it, and the others wait.
+    The cache is keyed by the names, sizes and times of the files and by how they are prepared: a changed folder is decoded
+    again. It is written atomically. Of runs that start together one builds it, and the others wait.
 
     Args:
         folder: as for find_images.
-        size: pixels.
+        image_size, channels, resize_mode: as for image_files.decode_image.
         cache_dir: where the cache is kept; made where it is missing.
-        skip_bad: go on without the files that cannot be read.
+        skip_bad: go on without the files and folders that cannot be read.
+        levels: as for image_files.decode_image, but where not given common to the whole set.
 
     Raises:
         DataError: as find_images; unreadable images, all of them by name; the cache cannot be written.
     """
-    folder, paths, cache = _find_cache(folder, size, cache_dir)
-    bad = _skipped(cache, len(paths), size, skip_bad)
-    if bad is None:
-        with _cache_held(cache):
-            bad = _skipped(cache, len(paths), size, skip_bad)  # another process may have built it meanwhile
-            if bad is None:
-                bad = {facts.name: facts.fault for facts in _build_cache(cache, folder, paths, size) if facts.fault}
-    check_readable(folder, bad, len(paths), skip_bad=skip_bad)
-    paths = [path for path in paths if _name(path, folder) not in bad]
-    with open(cache, "rb") as file:
+    cache = _Cache(folder, image_size, cache_dir, channels, resize_mode, levels)
+    facts = cache.usable_facts(skip_bad)
+    if facts is None:
+        with cache.held():
+            facts = cache.usable_facts(skip_bad)  # another process may have built it meanwhile
+            if facts is None:
+                cache.build()
+                facts = cache.facts()
+    found, bad = cache.found, facts["bad"] | cache.found.closed
+    check_readable(found, facts["bad"], skip_bad=skip_bad)
+    with open(cache.path, "rb") as file:
         pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    images = torch.frombuffer(pixels, dtype=torch.uint8).view(len(paths), 3, size, size)
-    counts = Counter((*path.relative_to(folder).parts[:-1], "")[0] for path in paths)
-    return ImageSet(images, folder, counts, bad)
+    images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *cache.shape)
+    return ImageSet(images, found.folder, Counter(facts["classes"]), bad, found.passed_over, tuple(facts["classes"]),
+                    facts["digest"], facts["levels"], facts["num_grey"], facts["num_transparent"])
 
 
-def decode_folder(folder, size, *, cache_dir):
-    """Decodes every image of a folder into the cache and returns the FileFacts of each. Arguments as for load_images."""
-    folder, paths, cache = _find_cache(folder, size, cache_dir)
-    with _cache_held(cache):
-        return _build_cache(cache, folder, paths, size)
+def decode_folder(folder, image_size, *, cache_dir, channels=3, resize_mode="crop"):
+    """Decodes every image of a folder into the cache; returns what it has Found and the FileFacts of each image.
+
+    Arguments and errors as for load_images, but for those about images that cannot be read.
+    """
+    cache = _Cache(folder, image_size, cache_dir, channels, resize_mode, None)
+    with cache.held():
+        return cache.found, cache.build()
 
 
-def check_readable(folder, bad, num_files, *, skip_bad):
-    """Raises DataError with all names and reasons in `bad`, if there are any; with skip_bad, only if no image is left."""
-    if bad and (not skip_bad or len(bad) == num_files):
-        choice = "repair or remove them" + ("" if len(bad) == num_files else ", or go on without them (--skip-bad)")
-        raise DataError("\n".join([f"{len(bad)} of {num_files} images in {folder} cannot be read; {choice}:",
+def check_readable(found, bad, *, skip_bad):
+    """Raises DataError with all names and reasons of what cannot be read; with skip_bad, only if no image is left.
+
+    Args:
+        found: Found.
+        bad: name of each file that cannot be read to the reason.
+    """
+    num_left, bad = len(found.paths) - len(bad), bad | found.closed
+    if bad and not (skip_bad and num_left):
+        choice = "repair or remove them" + (", or go on without them (--skip-bad)" if num_left else "")
+        raise DataError("\n".join([f"{len(bad)} of {num_left + len(bad)} images in {found.folder} cannot be read; {choice}:",
                                    *(f"  {name}: {reason}" for name, reason in bad.items())]))
-
-
-def _find_cache(folder, size, cache_dir):
-    paths = find_images(folder)
-    folder = pathlib.Path(folder).expanduser().resolve()
-    name = f"{folder.name[:40]}-{size}px-{_fingerprint(folder, paths, size)}.uint8"
-    return folder, paths, pathlib.Path(cache_dir) / name
 
 
 def _name(path, folder):
@@ -187,68 +207,133 @@ def _name(path, folder):
     return str(path.relative_to(folder)).replace("\n", "\\n")
 
 
-def _skipped(cache, num_files, size, skip_bad):
-    """Returns the files that were left out of a cache, with the reasons; None where there is no cache to use."""
+class _Cache:
+    """The decoded images of a folder: a file of pixels, and beside it one of facts about them.
+
+    Attributes:
+        found: what is in the folder.
+        path: of the pixels, (M, C, H, W) uint8.
+        shape: (C, H, W).
+    """
+
+    def __init__(self, folder, image_size, cache_dir, channels, resize_mode, levels):
+        self.found = _find(folder)
+        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+        self.shape, self.levels = (channels, height, width), levels or {}
+        self.how = {"channels": channels, "resize_mode": resize_mode}
+        key = json.dumps([CACHE_VERSION, self.shape, resize_mode, self.levels, reads_heic(), str(self.found.folder),
+                          [(str(path.relative_to(self.found.folder)), *_size_and_time(path)) for path in self.found.paths]])
+        key = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+        self.path = pathlib.Path(cache_dir) / f"{self.found.folder.name[:40]}-{size_text(image_size)}px-{key}.uint8"
+
+    def facts(self):
+        """Returns what is known about the images; None where there is no cache."""
+        try:
+            facts = json.loads(self.path.with_suffix(".json").read_text())
+            whole = self.path.stat().st_size == len(facts["classes"]) * _num_bytes(self.shape)
+        except (KeyError, OSError, RecursionError, TypeError, ValueError):
+            return None
+        return facts if whole else None
+
+    def usable_facts(self, skip_bad):
+        """Returns facts(), but None where a file has to be tried again: unless skipped all, else those that may read now."""
+        facts = self.facts()
+        if not facts or facts["bad"] and not skip_bad:
+            return None
+        passing = [path for path in self.found.paths if _name(path, self.found.folder) in facts["passing"]]
+        return None if any(not self._read(path, self.levels)[0].fault for path in passing) else facts
+
+    @contextlib.contextmanager
+    def held(self):
+        """Locks the folder of the caches."""
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            waiting = f"waiting: another process is decoding images into {folder}"
+            with lock_folder(folder, busy=lambda: tqdm.write(waiting)):
+                remove_temporary_files(folder, "*px-*")
+                yield
+        except OSError as error:
+            raise DataError(f"--cache-dir: {error}") from None
+
+    def build(self):
+        """Decodes all files; returns the FileFacts of each."""
+        paths, size = self.found.paths, _num_bytes(self.shape)
+        needed, free = len(paths) * size, free_bytes(self.path.parent)
+        if needed > free:
+            raise DataError(f"the cache of {len(paths)} images at {size_text(self.shape[1:])} px needs {needed:,} bytes in "
+                            f"{self.path.parent}, {free:,} are free; --cache-dir names another place")
+        files = []
+        with (atomic_write(self.path, bytes_needed=needed) as file, ThreadPoolExecutor(num_cpus()) as pool,
+              warnings.catch_warnings(), tqdm(total=len(paths), desc="decoding", unit="image", disable=None) as progress):
+            warnings.simplefilter("ignore")  # Pillow warns about single files; what cannot be read is named in FileFacts
+            read = functools.partial(self._read, levels=self.levels)
+            for start in range(0, len(paths), CHUNK):
+                for facts, pixels in pool.map(read, paths[start:start + CHUNK]):
+                    files.append(facts)
+                    file.write(pixels)
+                    progress.update()
+            levels, place = common_levels_of(files) | self.levels, 0
+            for index, (path, facts) in enumerate(zip(paths, files, strict=True)):
+                own = common_levels(facts.kind, facts.lowest, facts.highest)
+                if facts.kind and facts.kind not in self.levels and own != levels[facts.kind]:
+                    files[index], pixels = self._read(path, levels)
+                    file.seek(place)
+                    file.write(pixels)
+                place += 0 if facts.fault else size
+        self._write_facts(files, levels)
+        return files
+
+    def _read(self, path, levels):
+        """Returns the FileFacts and the bytes of the pixels of a file."""
+        name = _name(path, self.found.folder)
+        try:
+            pixels, *facts = read_picture(path, self.shape[1:], levels=levels, **self.how)
+        except DataError as error:
+            return FileFacts(name, str(error), isinstance(error, PassingError)), b""
+        pixels = pixels.numpy().tobytes()
+        width, height, mode, *others = facts
+        digest = hashlib.blake2b(pixels, digest_size=16).hexdigest()
+        return FileFacts(name, None, False, width, height, mode, digest, *others), pixels
+
+    def _write_facts(self, files, levels):
+        good = [facts for facts in files if not facts.fault]
+        classes = [(*pathlib.PurePath(facts.name).parts[:-1], "")[0] for facts in good]
+        digest = hashlib.blake2b(repr([self.shape, [facts.digest for facts in good]]).encode(), digest_size=16).hexdigest()
+        facts = {"bad": {facts.name: facts.fault for facts in files if facts.fault},
+                 "passing": [facts.name for facts in files if facts.passing], "classes": classes, "digest": digest,
+                 "levels": levels, "num_grey": sum(facts.grey for facts in good),
+                 "num_transparent": sum(facts.transparent for facts in good)}
+        with atomic_write(self.path.with_suffix(".json")) as file:
+            file.write(json.dumps(facts).encode())
+
+
+def _num_bytes(shape):
+    channels, height, width = shape
+    return channels * height * width
+
+
+def common_levels_of(files):
+    """Returns the levels (see image_files.decode_image) that are common to all files."""
+    levels = {}
+    for kind in {facts.kind for facts in files if facts.kind}:
+        those = [facts for facts in files if facts.kind == kind]
+        levels[kind] = common_levels(kind, min(facts.lowest for facts in those), max(facts.highest for facts in those))
+    return levels
+
+
+def _can_be_read(path):
     try:
-        bad = json.loads(cache.with_suffix(".json").read_text())
-        whole = isinstance(bad, dict) and cache.stat().st_size == (num_files - len(bad)) * 3 * size * size
-    except (OSError, RecursionError, ValueError):
-        return None
-    return bad if whole and (skip_bad or not bad) else None  # unless skipped, they are tried again
-
-
-def _fingerprint(folder, paths, size):
-    facts = [(str(path.relative_to(folder)), *_size_and_time(path)) for path in paths]
-    text = json.dumps([CACHE_VERSION, size, str(folder), facts])
-    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+        path.read_bytes()
+    except OSError:
+        return False
+    return True
 
 
 def _size_and_time(path):
     with contextlib.suppress(OSError):  # a broken link, say, which decoding will name
         return path.stat().st_size, path.stat().st_mtime_ns
     return ()
-
-
-@contextlib.contextmanager
-def _cache_held(cache):
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        waiting = f"waiting: another process is decoding images into {cache.parent}"
-        with lock_folder(cache.parent, busy=lambda: tqdm.write(waiting)):
-            remove_temporary_files(cache.parent, "*px-*")
-            yield
-    except OSError as error:
-        raise DataError(f"--cache-dir: {error}") from None
-
-
-def _build_cache(cache, folder, paths, size):
-    """Decodes all files into the cache; returns the FileFacts of each."""
-    needed = len(paths) * 3 * size * size
-    if needed > free_bytes(cache.parent):
-        raise DataError(f"the cache of {len(paths)} images at {size} px needs {needed:,} bytes in {cache.parent}, "
-                        f"{free_bytes(cache.parent):,} are free; --cache-dir names another place")
-
-    def read(path):
-        name = _name(path, folder)
-        try:
-            pixels, *facts = decode_with_facts(path, size)
-        except DataError as error:
-            return FileFacts(name, str(error)), b""
-        pixels = pixels.numpy().tobytes()
-        return FileFacts(name, None, *facts, hashlib.blake2b(pixels, digest_size=16).digest()), pixels
-
-    files = []
-    with (atomic_write(cache, bytes_needed=needed) as file, ThreadPoolExecutor(num_cpus()) as pool,
-          warnings.catch_warnings(), tqdm(total=len(paths), desc="decoding", unit="image", disable=None) as progress):
-        warnings.simplefilter("ignore")  # Pillow warns about single files; those that cannot be read are named in FileFacts
-        for start in range(0, len(paths), CHUNK):
-            for facts, pixels in pool.map(read, paths[start:start + CHUNK]):
-                files.append(facts)
-                file.write(pixels)
-                progress.update()
-    with atomic_write(cache.with_suffix(".json")) as file:
-        file.write(json.dumps({facts.name: facts.fault for facts in files if facts.fault}).encode())
-    return files
 
 
 def batch_indices(num_images, position, batch_size, *, seed):
@@ -294,23 +379,29 @@ def as_image_set(data, name):
     """Returns an ImageSet of images that are there already, and a text that differs for other images.
 
     Args:
-        data: an ImageSet, or uint8 images (M, C, H, W) with C = 3 and H = W, as a tensor or a NumPy array.
+        data: an ImageSet, or uint8 images (M, C, H, W), as a tensor or a NumPy array; C is 1, 3 or 4.
         name: what to call them.
 
     Raises:
         DataError: images of another type or shape.
     """
     images = torch.as_tensor(data.images if isinstance(data, ImageSet) else data)
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-        advice = "; images.permute(0, 3, 1, 2) moves the channels" if images.dim() == 4 and images.shape[3] == 3 else ""
-        raise DataError(f"data: expected uint8 images (M, 3, H, W), H = W, got {images.dtype} {tuple(images.shape)}{advice}")
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in CHANNELS:
+        advice = ""
+        if images.dim() == 4 and images.shape[3] in CHANNELS:
+            advice = "; images.permute(0, 3, 1, 2) moves the channels"
+        elif images.dim() == 3:
+            advice = "; images[:, None] adds the channel of grey ones"
+        raise DataError(f"data: expected uint8 images (M, C, H, W), C one of {', '.join(map(str, CHANNELS))}, got "
+                        f"{images.dtype} {tuple(images.shape)}{advice}")
     if not len(images):
         raise DataError("data: there are no images in it")
     digest = hashlib.blake2b(repr(tuple(images.shape)).encode(), digest_size=8)
     for part in images.split(CHUNK):
         digest.update(part.cpu().contiguous().numpy())
-    data = data._replace(images=images) if isinstance(data, ImageSet) else ImageSet(images, name, {"": len(images)}, {})
-    return data, f"{name} ({digest.hexdigest()})"
+    digest = digest.hexdigest()
+    data = data if isinstance(data, ImageSet) else ImageSet(images, name, {"": len(images)}, {})
+    return data._replace(images=images, digest=digest), f"{name} ({digest})"
 
 
 def to_device_if_it_fits(images, device):

@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
+from pictures import on_white
+
 SMALLEST_LEVEL = 16  # pixels a side of the coarsest level of the pyramid
 PATCH = 7  # pixels a side
 PATCHES_PER_IMAGE = 64
@@ -18,7 +20,8 @@ THUMBNAIL = 16  # pixels a side; whole images are compared at this size, without
 
 
 def sliced_wasserstein(real, fake, *, generator):
-    """Returns the distance between the patches of two sets at each scale: a dict of level size in pixels to distance x 1000.
+    """Returns the distance between the patches of two sets at each scale: a dict of pixels on the shorter side to distance x
+    1000.
 
     Patches of 7 x 7 pixels are taken at random from a Laplacian pyramid, scaled by the mean and deviation that each channel
     has in the real set, and compared along random directions. The finest level judges texture; the coarsest, of 16 pixels,
@@ -40,14 +43,14 @@ def sliced_wasserstein(real, fake, *, generator):
         directions = F.normalize(torch.randn(real_patches[0].numel(), DIRECTIONS, generator=generator), dim=0)
         one, other = (((patches - mean) / deviation).flatten(1).matmul(directions).sort(dim=0).values
                       for patches in (real_patches, fake_patches))
-        distances[real_level.shape[-1]] = 1000 * (one - other).abs().mean().item()
+        distances[min(real_level.shape[-2:])] = 1000 * (one - other).abs().mean().item()
     return distances
 
 
 def _laplacian_pyramid(images):
     """The detail lost by each halving of the images, from the finest level on, then the smallest images themselves."""
     levels = []
-    while images.shape[-1] > SMALLEST_LEVEL:
+    while min(images.shape[-2:]) > SMALLEST_LEVEL:
         smaller = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
         levels.append(images - F.interpolate(smaller, scale_factor=2, mode="bilinear"))
         images = smaller
@@ -56,9 +59,8 @@ def _laplacian_pyramid(images):
 
 def _patches(images, generator):
     """(N * PATCHES_PER_IMAGE, C, PATCH * PATCH)"""
-    places = images.shape[-1] - PATCH + 1
     count = len(images) * PATCHES_PER_IMAGE
-    rows, columns = torch.randint(places, (2, count), generator=generator)
+    rows, columns = (torch.randint(side - PATCH + 1, (count,), generator=generator) for side in images.shape[-2:])
     numbers = torch.arange(len(images)).repeat_interleave(PATCHES_PER_IMAGE)
     return images.unfold(2, PATCH, 1).unfold(3, PATCH, 1)[numbers, :, rows, columns].flatten(2)
 
@@ -88,8 +90,11 @@ def nearest_distance(small, others, *, rank=1):
 
 
 def reconstruction_error(vae, images):
-    """Returns the mean absolute difference between images and what the VAE makes of their mean latent vectors, in [0, 1]."""
-    errors = [(vae.decode(vae.encode(image)[0]) - image).abs().mean() for image in images.split(1)]
+    """Returns the mean absolute difference between images and what the VAE makes of their mean latent vectors, in [0, 1].
+
+    Transparency is laid on white.
+    """
+    errors = [(on_white(vae.decode(vae.encode(image)[0])) - on_white(image)).abs().mean() for image in images.split(1)]
     return torch.stack(errors).mean().item()
 
 
@@ -122,4 +127,4 @@ def inception_distances(real, fake, device):
 
 
 def _as_dataset(images):
-    return Subset((255 * images).round().to(torch.uint8), range(len(images)))
+    return Subset((255 * images).round().to(torch.uint8).expand(-1, 3, -1, -1), range(len(images)))

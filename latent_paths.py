@@ -8,7 +8,7 @@ import pathlib
 import torch
 from tqdm import tqdm
 
-from image_data import DataError, decode_image
+from image_files import DataError, decode_image
 from model_definitions import Decoded
 from randomness import latent_noise
 
@@ -51,19 +51,24 @@ def frames_of(vae, z):
     return torch.cat([parts.images.cpu() for parts in decoded])
 
 
-def read_photo(path, size):
-    """Returns a picture file as (1, C, size, size) in [0, 1], cropped to a square and resized.
+def read_photo(path, image_size, **preparation):
+    """Returns a picture file as (1, C, H, W) in [0, 1], by default in RGB and cropped.
+
+    Args:
+        path: of the file; "~" is the home directory.
+        image_size, preparation: as for image_files.decode_image; vae.preparation is how a loaded VAE was trained.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        return decode_image(pathlib.Path(path).expanduser(), size)[None] / 255
+        return decode_image(pathlib.Path(path).expanduser(), image_size, **preparation)[None] / 255
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
 
 @torch.no_grad()
 def encode_photo(vae, path):
-    """Returns the mean latent vector (1, Z) of a picture file. Raises as read_photo."""
-    return vae.encode(read_photo(path, vae.image_shape[-1]).to(vae.mu.weight.device))[0]
+    """Returns the mean latent vector (1, Z) of a picture file, prepared as the training images. Raises as read_photo."""
+    preparation = getattr(vae, "preparation", {"channels": vae.image_shape[0]})  # load_generator sets it
+    return vae.encode(read_photo(path, vae.image_shape[1:], **preparation).to(vae.mu.weight.device))[0]

@@ -1,8 +1,13 @@
 """The networks: the VAE (generator), the Discriminator (critic), the CNN that predicts alpha, and the CNNParamTanh layer.
 
 Notation, here and in every other file:
-    N batch, T frames, C channels (3), H = W image size in pixels, Z latent size, G side of the grid of alpha.
-Images are float (N, C, H, W) in [0, 1]; videos are float (N, T, C, H, W) in [0, 1].
+    N batch, T frames, C channels, H height and W width in pixels, Z latent size, G side of the grid of alpha.
+C is 1 (grey), 3 (RGB) or 4 (RGBA: colours not multiplied by alpha). Images are float (N, C, H, W) in [0, 1]; videos are
+float (N, T, C, H, W) in [0, 1].
+
+An image_size is (H, W), or the side of a square. The shorter side of VAE and Discriminator is 32, 64, 128, 256 or 512
+pixels; the longer one is a multiple of a quarter of it, up to four times as long. CNN and output layers compute at the size
+of their input, any from 16 pixels a side on.
 
 This file is plain PyTorch and can be changed freely: faster forms of these computations are in fast_paths.py and are used
 only where they give the same numbers. There is no batch normalization, because the gradient penalty treats each sample on
@@ -15,16 +20,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from image_sizes import CHANNELS, SMALLEST_MAP, height_and_width
 from synthetic_video import interpolation_matrix, synthetic_video
 
-CHANNELS = 3
-IMAGE_SIZES = (32, 64, 128, 256)  # the same as in config.py, which notebooks need not import; a test compares them
-OUTPUT_LAYERS = ("cnn", "static", "none")  # as above
-SMALLEST_MAP = 4  # height and width of the last encoder map and the first decoder map
+OUTPUT_LAYERS = ("cnn", "static", "none")  # the same as in config.py, which notebooks need not import; a test compares them
 WIDEST = 8  # no layer has more than this many times base_channels
 INITIAL_ALPHA = 3.0  # tanh(3) = 0.995, so the first images can already be nearly white
 CNN_FILTERS = 2
 CNN_MAP = 16  # height and width of the map that the CNN's Linear layer takes
+ROUNDING = 1e-3  # by which images may leave [0, 1]
 LOGVAR_RANGE = (-10.0, 6.0)  # standard deviations from 0.007 (almost no noise) to 20 (almost only noise)
 
 
@@ -37,54 +41,53 @@ class Decoded(NamedTuple):
     images: torch.Tensor  # (N, C, H, W) in [0, 1], the output
 
 
-class AlphaMap(nn.Module):
-    """Turns a coarse grid of unbounded numbers into a positive alpha for every pixel.
+def alpha_map(grid, height, width):
+    """Returns a positive alpha for every pixel (N, 1, H, W) from a grid of unbounded numbers (N, G, G).
 
-    Computes softplus(grid + offset) and enlarges it by linear interpolation. A grid of zeros gives INITIAL_ALPHA.
-
-    Shape: (N, G, G) to (N, 1, H, W).
+    Computes softplus(grid + offset) and enlarges it by linear interpolation; along a side of fewer than G pixels, each pixel
+    gets the mean of what lies in it. A grid of zeros gives INITIAL_ALPHA.
     """
+    with torch.autocast(grid.device.type, enabled=False):
+        alpha = F.softplus(_at_least_float32(grid) + math.log(math.expm1(INITIAL_ALPHA)))
+        rows, columns = (_resizing_matrix(size, like=alpha) for size in (height, width))
+        return (rows @ alpha @ columns.T).unsqueeze(1)
 
-    def __init__(self, *, image_size, alpha_grid):
-        super().__init__()
-        _check_image_size(image_size)
-        if not 1 <= alpha_grid <= image_size:
-            raise ValueError(f"alpha_grid must be from 1 to image_size ({image_size}), got {alpha_grid}")
-        self.offset = math.log(math.expm1(INITIAL_ALPHA))
-        cells = (torch.arange(image_size) + 0.5) * alpha_grid / image_size - 0.5  # pixel centres, counted in cells
-        self.register_buffer("enlarge", interpolation_matrix(cells, alpha_grid), persistent=False)
 
-    def extra_repr(self):
-        size, grid = self.enlarge.shape
-        return f"(N, {grid}, {grid}) -> (N, 1, {size}, {size})"
-
-    def forward(self, grid):
-        with torch.autocast(grid.device.type, enabled=False):
-            alpha = F.softplus(_at_least_float32(grid) + self.offset)
-            enlarge = self.enlarge.to(alpha.dtype)
-            return (enlarge @ alpha @ enlarge.T).unsqueeze(1)
+def _resizing_matrix(size, *, like):
+    """The matrix (size, G) that alpha_map multiplies a line of its grid with."""
+    cells = like.shape[-1]
+    pixels = torch.arange(size, device=like.device, dtype=like.dtype)
+    if cells <= size:
+        return interpolation_matrix((pixels + 0.5) * cells / size - 0.5, cells)  # pixel centres, counted in cells
+    starts = pixels[:, None] * cells / size
+    cell = torch.arange(cells, device=like.device, dtype=like.dtype)
+    overlap = torch.minimum(starts + cells / size, cell + 1) - torch.maximum(starts, cell)
+    return overlap.clamp(min=0) * size / cells
 
 
 class CNN(nn.Module):
     """Predicts a matrix of alpha from a synthetic video: Conv2d with 2 filters, ReLU, MaxPool2d to 16 x 16, Linear.
 
+    Where 16 does not divide H and W, the pooling is adaptive, and its gradient not deterministic on CUDA.
+
     Args:
-        image_size: H = W, one of 32, 64, 128, 256.
+        image_size: H and W that it is made for. It takes others from 16 on, too.
+        channels: C.
         num_frames: T; the convolution sees T * C channels, 48 by default.
-        alpha_grid: G; the Linear layer predicts G x G values, which are enlarged to H x W. G = H: one for every pixel.
+        alpha_grid: G; the Linear layer predicts G x G values, which alpha_map turns into H x W.
 
     Shape: (N, T * C, H, W) or (N, T, C, H, W) to (N, 1, H, W), positive.
+
+    Raises:
+        ValueError: a video of another shape.
     """
 
-    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16):
+    def __init__(self, *, image_size=128, channels=3, num_frames=16, alpha_grid=16):
         super().__init__()
-        _check_image_size(image_size)
-        self.input_shape = (num_frames * CHANNELS, image_size, image_size)
+        self.video_shape = (num_frames, *_layer_shape(image_size, channels, alpha_grid))
         self.alpha_grid = alpha_grid
-        self.conv = nn.Conv2d(num_frames * CHANNELS, CNN_FILTERS, 3, padding=1)
-        self.pool = nn.MaxPool2d(image_size // CNN_MAP)
+        self.conv = nn.Conv2d(num_frames * channels, CNN_FILTERS, 3, padding=1)
         self.linear = nn.Linear(CNN_FILTERS * CNN_MAP**2, alpha_grid**2)
-        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -98,13 +101,25 @@ class CNN(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def extra_repr(self):
-        size = self.input_shape[-1]
-        return f"{_shape(self.input_shape)} -> (N, 1, {size}, {size})"
+        num_frames, channels, height, width = self.video_shape
+        return f"{_shape((num_frames * channels, height, width))} -> {_shape((1, height, width))}"
 
     def forward(self, video):
         features = video.flatten(1, 2) if video.dim() == 5 else video
-        _check_shape("video", features, self.input_shape)
+        num_frames, channels = self.video_shape[:2]
+        wanted = features.dim() == 4 and features.shape[1] == num_frames * channels and (
+            video.dim() == 4 or video.shape[1] == num_frames)
+        if not torch.jit.is_tracing() and (not wanted or min(features.shape[2:]) < CNN_MAP):
+            raise ValueError(f"expected a video (N, {num_frames}, {channels}, H, W) or (N, {num_frames * channels}, H, W) "
+                             f"with H and W at least {CNN_MAP}, got {tuple(video.shape)}")
         return self.predict(self.conv(features))
+
+    def pool(self, maps):
+        """Returns maps (N, F, H, W) reduced to (N, F, 16, 16), each value the largest of its part of the map."""
+        height, width = maps.shape[-2:]
+        if height % CNN_MAP or width % CNN_MAP:
+            return F.adaptive_max_pool2d(maps, CNN_MAP)
+        return F.max_pool2d(maps, (height // CNN_MAP, width // CNN_MAP))
 
     def predict(self, maps):
         """Returns alpha (N, 1, H, W) for what the convolution has made of a video, (N, filters, H, W)."""
@@ -113,24 +128,30 @@ class CNN(nn.Module):
         features = self.pool(maps).relu().flatten(1)  # pooling before ReLU: same result, less work
         features = features / math.sqrt(9 * self.conv.in_channels)
         grid = self.linear(features) / math.sqrt(self.linear.in_features)
-        return self.alpha_map(grid.unflatten(1, (self.alpha_grid, self.alpha_grid)))
+        return alpha_map(grid.unflatten(1, (self.alpha_grid, self.alpha_grid)), *maps.shape[-2:])
 
 
 class CNNParamTanh(nn.Module):
     """Returns tanh(alpha * images), with alpha predicted by a CNN from a synthetic video of the images.
 
-    It goes after any decoder whose output is in [0, 1]: nn.Sequential(decoder, CNNParamTanh(image_size=64)).
+    It goes after any decoder whose output is in [0, 1]: nn.Sequential(decoder, CNNParamTanh()).
+
+    Args:
+        image_size, channels, num_frames, alpha_grid: as in CNN.
 
     Shape: images (N, C, H, W), optionally video (N, T, C, H, W), to (N, C, H, W) in [0, 1].
+
+    Raises:
+        ValueError: images of another shape or type, or, on a CPU, outside [0, 1].
     """
 
-    def __init__(self, *, image_size=128, num_frames=16, alpha_grid=16):
+    def __init__(self, *, image_size=128, channels=3, num_frames=16, alpha_grid=16):
         super().__init__()
         self.num_frames = num_frames
-        self.cnn = CNN(image_size=image_size, num_frames=num_frames, alpha_grid=alpha_grid)
+        self.cnn = CNN(image_size=image_size, channels=channels, num_frames=num_frames, alpha_grid=alpha_grid)
 
     def extra_repr(self):
-        shape = _shape((CHANNELS, *self.cnn.input_shape[1:]))
+        shape = _shape(self.cnn.video_shape[1:])
         return f"{shape} -> {shape}, num_frames={self.num_frames}"
 
     def parts(self, images):
@@ -144,26 +165,40 @@ class CNNParamTanh(nn.Module):
         return video, alpha, torch.tanh(alpha * images)
 
     def forward(self, images, video=None):
+        _check_images(images, self.cnn.video_shape[1])
+        _check_range(images)
         return self.parts(images)[-1] if video is None else torch.tanh(self.cnn(video) * images)
 
 
 class StaticParamTanh(nn.Module):
     """Returns tanh(alpha * images), with one learned G x G grid of alpha for all images: the baseline for CNNParamTanh.
 
+    Args:
+        image_size, channels, alpha_grid: as in CNN.
+
     Shape: (N, C, H, W) to (N, C, H, W) in [0, 1].
+
+    Raises:
+        ValueError: as CNNParamTanh.
     """
 
-    def __init__(self, *, image_size=128, alpha_grid=16):
+    def __init__(self, *, image_size=128, channels=3, alpha_grid=16):
         super().__init__()
+        self.image_shape = _layer_shape(image_size, channels, alpha_grid)
         self.grid = nn.Parameter(torch.zeros(1, alpha_grid, alpha_grid))
-        self.alpha_map = AlphaMap(image_size=image_size, alpha_grid=alpha_grid)
+
+    def extra_repr(self):
+        shape = _shape(self.image_shape)
+        return f"{shape} -> {shape}"
 
     def parts(self, images):
         """Returns (None, alpha, images after the layer)."""
-        alpha = self.alpha_map(self.grid).expand(len(images), -1, -1, -1)
+        alpha = alpha_map(self.grid, *images.shape[-2:]).expand(images.shape[0], -1, -1, -1)
         return None, alpha, torch.tanh(alpha * images)
 
     def forward(self, images):
+        _check_images(images, self.image_shape[0])
+        _check_range(images)
         return self.parts(images)[-1]
 
 
@@ -171,7 +206,8 @@ class VAE(nn.Module):
     """The generator: a variational autoencoder whose decoder ends in a CNNParamTanh layer.
 
     Args:
-        image_size: H = W, one of 32, 64, 128, 256.
+        image_size: a number or (H, W), see above.
+        channels: C.
         latent_dim: Z.
         base_channels: width of the largest maps; widths double with every halving of the map, up to 8 times this.
         num_frames: T, the length of the synthetic video.
@@ -179,28 +215,31 @@ class VAE(nn.Module):
         alpha_grid: G.
 
     Shape: forward takes images (N, C, H, W) in [0, 1] and returns (reconstruction (N, C, H, W), mu (N, Z), logvar (N, Z)).
+
+    Raises:
+        ValueError: what cannot be, and what can; from encode, images of another shape or type, or, on a CPU, outside [0, 1].
     """
 
-    def __init__(self, *, image_size=128, latent_dim=128, base_channels=32, num_frames=16, output_layer="cnn",
+    def __init__(self, *, image_size=128, channels=3, latent_dim=128, base_channels=32, num_frames=16, output_layer="cnn",
                  alpha_grid=16):
         super().__init__()
         if output_layer not in OUTPUT_LAYERS:
             raise ValueError(f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {output_layer!r}")
-        widths = _widths(image_size, base_channels)
-        self.image_shape = (CHANNELS, image_size, image_size)
+        self.image_shape, widths, smallest = _network_shapes(image_size, channels, base_channels)
         self.latent_dim = latent_dim
-        self.encoder = _downsampling_blocks(widths)
-        features = widths[-1] * SMALLEST_MAP**2
+        self.encoder = _downsampling_blocks(channels, widths)
+        features = math.prod(smallest)
         self.mu = nn.Linear(features, latent_dim)
         self.logvar = nn.Linear(features, latent_dim)
-        layers = [nn.Linear(latent_dim, features), nn.ReLU(), nn.Unflatten(1, (widths[-1], SMALLEST_MAP, SMALLEST_MAP))]
+        layers = [nn.Linear(latent_dim, features), nn.ReLU(), nn.Unflatten(1, smallest)]
         for wide, narrow in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True):
             layers += [nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers, nn.ConvTranspose2d(widths[0], CHANNELS, 4, stride=2, padding=1))
+        self.decoder = nn.Sequential(*layers, nn.ConvTranspose2d(widths[0], channels, 4, stride=2, padding=1))
+        layer = {"image_size": self.image_shape[1:], "channels": channels, "alpha_grid": alpha_grid}
         if output_layer == "cnn":
-            self.output_layer = CNNParamTanh(image_size=image_size, num_frames=num_frames, alpha_grid=alpha_grid)
+            self.output_layer = CNNParamTanh(num_frames=num_frames, **layer)
         elif output_layer == "static":
-            self.output_layer = StaticParamTanh(image_size=image_size, alpha_grid=alpha_grid)
+            self.output_layer = StaticParamTanh(**layer)
         else:
             self.output_layer = None
         self.reset_parameters()
@@ -217,7 +256,8 @@ class VAE(nn.Module):
 
     def encode(self, images):
         """Returns (mu, logvar), each (N, Z), for images (N, C, H, W) in [0, 1]."""
-        _check_shape("images", images, self.image_shape)
+        _check_images(images, *self.image_shape)
+        _check_range(images)
         features = self.encoder(2 * images - 1).flatten(1)
         mu, logvar = _at_least_float32(self.mu(features)), _at_least_float32(self.logvar(features))
         return mu, logvar.clamp(*LOGVAR_RANGE)
@@ -233,7 +273,8 @@ class VAE(nn.Module):
 
     def decode_parts(self, z):
         """Returns Decoded (the image before the output layer, the synthetic video, alpha, the image) for z (N, Z)."""
-        _check_shape("z", z, (self.latent_dim,))
+        if z.dim() != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"expected z of shape {_shape((self.latent_dim,))}, got {tuple(z.shape)}")
         # In half precision the sigmoid would have fewer levels near white than an 8-bit picture.
         before = torch.sigmoid(_at_least_float32(self.decoder(z.to(self.mu.weight.dtype))))
         if self.output_layer is None:
@@ -263,25 +304,26 @@ class Discriminator(nn.Module):
     Only differences between scores are used, so the Linear layer needs no bias.
 
     Args:
-        image_size: H = W, one of 32, 64, 128, 256.
-        base_channels: as in VAE.
+        image_size, channels, base_channels: as in VAE.
 
     Shape: images (N, C, H, W) in [0, 1] to scores (N,), higher for what looks real.
+
+    Raises:
+        ValueError: as VAE; augmented images may leave [0, 1].
     """
 
-    def __init__(self, *, image_size=128, base_channels=32):
+    def __init__(self, *, image_size=128, channels=3, base_channels=32):
         super().__init__()
-        widths = _widths(image_size, base_channels)
-        self.image_shape = (CHANNELS, image_size, image_size)
-        self.blocks = _downsampling_blocks(widths)
-        self.score = nn.Linear(widths[-1] * SMALLEST_MAP**2, 1, bias=False)
+        self.image_shape, widths, smallest = _network_shapes(image_size, channels, base_channels)
+        self.blocks = _downsampling_blocks(channels, widths)
+        self.score = nn.Linear(math.prod(smallest), 1, bias=False)
         _initialise(self.blocks)
 
     def extra_repr(self):
         return f"{_shape(self.image_shape)} -> (N,)"
 
     def forward(self, images):
-        _check_shape("images", images, self.image_shape)
+        _check_images(images, *self.image_shape)
         return _at_least_float32(self.score(self.blocks(2 * images - 1).flatten(1)).squeeze(1))
 
     def probability(self, images):
@@ -289,19 +331,40 @@ class Discriminator(nn.Module):
         return torch.sigmoid(self(images))
 
 
-def _widths(image_size, base_channels):
-    """Channels of the maps, from the largest map to the smallest; each is half as high and wide as the one before."""
-    _check_image_size(image_size)
+def _network_shapes(image_size, channels, base_channels):
+    """Returns the shapes of images (C, H, W) and of the smallest maps, and between them the widths, see base_channels."""
+    try:
+        height, width = height_and_width(image_size)
+    except ValueError as error:
+        raise ValueError(f"image_size {error}") from None
+    _check_channels(channels)
     if base_channels < 1:
         raise ValueError(f"base_channels must be at least 1, got {base_channels}")
-    num_blocks = (image_size // SMALLEST_MAP).bit_length() - 1
-    return [base_channels * min(2**i, WIDEST) for i in range(num_blocks)]
+    scale = min(height, width) // SMALLEST_MAP
+    widths = [base_channels * min(2**i, WIDEST) for i in range(scale.bit_length() - 1)]
+    return (channels, height, width), widths, (widths[-1], height // scale, width // scale)
 
 
-def _downsampling_blocks(widths):
+def _layer_shape(image_size, channels, alpha_grid):
+    """Returns (C, H, W)."""
+    height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if min(height, width) < CNN_MAP:
+        raise ValueError(f"image_size must be at least {CNN_MAP}, got {image_size}")
+    _check_channels(channels)
+    if alpha_grid < 1:
+        raise ValueError(f"alpha_grid must be at least 1, got {alpha_grid}")
+    return channels, height, width
+
+
+def _check_channels(channels):
+    if channels not in CHANNELS:
+        raise ValueError(f"channels must be one of {', '.join(map(str, CHANNELS))}, got {channels}")
+
+
+def _downsampling_blocks(channels, widths):
     """Conv2d, MaxPool2d, ReLU for every width. Pooling and ReLU commute; after pooling ReLU has a quarter of the work."""
     layers = []
-    for narrow, wide in zip([CHANNELS, *widths], widths, strict=False):
+    for narrow, wide in zip([channels, *widths], widths, strict=False):
         layers += [nn.Conv2d(narrow, wide, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
     return nn.Sequential(*layers)
 
@@ -337,14 +400,24 @@ def _randn(shape, *, like, generator):
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
-def _check_image_size(image_size):
-    if image_size not in IMAGE_SIZES:
-        raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}, got {image_size}")
+def _check_images(images, channels, height=None, width=None):
+    """Raises ValueError unless images are float of shape (N, C, H, W), of any H and W from 16 on where these are None."""
+    if torch.jit.is_tracing():  # which would warn of every comparison
+        return
+    sides, wanted = tuple(images.shape[2:]), (height, width)
+    if images.dim() != 4 or images.shape[1] != channels or (sides != wanted if height else min(sides) < CNN_MAP):
+        sides = f"{height}, {width})" if height else f"H, W) with H and W at least {CNN_MAP}"
+        raise ValueError(f"expected images of shape (N, {channels}, {sides}, got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"expected float images in [0, 1], got {images.dtype}; (images / 255) makes them of 8-bit ones")
 
 
-def _check_shape(name, tensor, shape):
-    if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != tuple(shape):
-        raise ValueError(f"expected {name} of shape {_shape(shape)}, got {tuple(tensor.shape)}")
+def _check_range(images):
+    """Raises ValueError where images on a CPU leave [0, 1]; elsewhere looking would make the CPU wait for the device."""
+    if images.is_cpu and images.numel() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        low, high = (bound.item() for bound in images.detach().aminmax())
+        if -math.inf < low < -ROUNDING or 1 + ROUNDING < high < math.inf:  # training reports infinity and NaN, with its step
+            raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}")
 
 
 def _shape(shape):

@@ -25,8 +25,21 @@ class PictureError(ValueError):
 
 
 def grid(images, *, columns):
-    """Returns images (N, C, H, W) as one picture, in rows of `columns`, with white between them."""
-    return make_grid(images, nrow=columns, padding=2, pad_value=1.0)
+    """Returns images (N, C, H, W) as one picture (C, ...), in rows of `columns`, with white between them."""
+    return make_grid(images, nrow=columns, padding=2, pad_value=1.0)[:images.shape[1]]  # it makes RGB of grey ones
+
+
+def on_white(images):
+    """Returns images (..., C, H, W) with transparency, C = 4, laid on white: (..., 3, H, W); others as they are."""
+    if images.shape[-3] != 4:
+        return images
+    colours, opacity = images.split([3, 1], dim=-3)
+    return 1 - opacity + opacity * colours
+
+
+def as_rgb(images):
+    """Returns images (..., C, H, W) as (..., 3, H, W): on_white, and grey ones in three equal channels."""
+    return on_white(images).expand(*images.shape[:-3], 3, *images.shape[-2:])
 
 
 def enlarge(images, size, *, smooth):
@@ -47,6 +60,7 @@ def alpha_picture(before, alpha, after, *, columns):
         alpha: (N, 1, H, W).
         columns: how many of the N stand side by side.
     """
+    before, after = as_rgb(before), as_rgb(after)
     low, high = (bound.item() for bound in alpha.aminmax())
     heat = _heat((alpha - low) / max(high - low, MINIMUM_SPAN)).expand_as(before)
     strips = grid(torch.stack([before, heat, after], dim=1).flatten(0, 1), columns=3 * columns)
@@ -78,10 +92,14 @@ def save_picture(picture, path):
 def save_clip(frames, path, *, frames_per_second):
     """Writes frames as a clip in the format of the path's ending, one of CLIP_FORMATS; WebP and GIF repeat for ever.
 
+    WebP keeps transparency, the others lay it on white.
+
     Raises:
         PictureError: frames of that size do not go into that format.
     """
     path, sides = pathlib.Path(path), frames.shape[-2:]
+    if path.suffix != ".webp":
+        frames = as_rgb(frames)
     least, most = CLIP_FORMATS[path.suffix[1:]]
     if min(sides) < least or max(sides) > most:
         raise PictureError(f"{path}: frames of {sides[1]} x {sides[0]} pixels cannot be written, only sides of {least} to "

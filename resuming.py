@@ -12,10 +12,19 @@ import pathlib
 import re
 
 import distributed
-from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, load_newest
+from checkpointing import (
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    preparation_of_file,
+    settings_for_file,
+    settings_of_file,
+)
 from config import option_name
 from console import say
 from devices import pick_precision
+from image_sizes import size_text
 from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
 
 RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's config.json has all of them
@@ -93,9 +102,9 @@ def choose_run_folder(base, identity, *, exactly, fresh):
 def _saved_config(folder):
     """Returns the config of the run in a folder, from a checkpoint where config.json is lost; {} where there is no run."""
     try:
-        saved = json.loads((folder / "config.json").read_text())
+        saved = settings_of_file(json.loads((folder / "config.json").read_text()))
         return saved if saved.keys() >= RUN_KEYS else {}
-    except (AttributeError, OSError, RecursionError, ValueError):
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError):
         with contextlib.suppress(CheckpointError):
             state = load_newest(folder / "checkpoints", report=lambda line: None)
             return state["config"] if state else {}
@@ -117,7 +126,8 @@ def resolve_settings(config, state, device):
         precision = pick_precision(device) if config.precision == "auto" else config.precision
         return dataclasses.replace(config, precision=precision)
     saved, model = state["config"], state["model_arguments"]
-    faults = [f"{option_name(name)}: this run has {model.get(name)}, got {value}; --out names another folder"
+    faults = [f"{option_name(name)}: this run has {size_text(model.get(name))}, got {size_text(value)}; --out names another "
+              "folder"
               for name, value in config.model_arguments().items() if model.get(name) != value]
     if saved.get("data") != config.data and not config.resume:
         faults.append(f"--data: this run has {saved.get('data')}, got {config.data}; --out names another folder, where "
@@ -130,11 +140,17 @@ def resolve_settings(config, state, device):
         config = dataclasses.replace(config, precision=saved["precision"])
     # Older checkpoints do not name these: the same defaults, but the schedule counted 500 and 8,000 steps.
     before = {"warm_up_images": 500 * config.batch_size, "decay_after_images": 8_000 * config.batch_size, "ema_ramp": 0.1,
-              "adam_beta2": 0.9} | saved
+              "adam_beta2": 0.9, "resize_mode": "crop"} | saved
     for name, value in dataclasses.asdict(config).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             say(f"warning: {option_name(name)} was {before.get(name)}, is {value} from here on")
     return config
+
+
+def known_levels(config, state):
+    """Returns the levels (see image_files.decode_image) of a run that goes on with its own images, {} for another one."""
+    same = state and state["config"].get("data") == config.data
+    return preparation_of_file(state["preparation"])["levels"] if same else {}
 
 
 @contextlib.contextmanager
@@ -165,7 +181,7 @@ def open_run_folder(folder, config, *, step, last_logged, checkpoints, bytes_nee
                 _refuse(folder)
             for place in (folder, *folder.glob("*/")):
                 remove_temporary_files(place)
-            _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            _write(folder / "config.json", json.dumps(settings_for_file(config), indent=2) + "\n")
             log = folder / "metrics.jsonl"
             if log.exists():
                 _write(log, "".join(_lines_up_to(step, last_logged, log.read_text(errors="replace"))))

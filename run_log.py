@@ -11,13 +11,14 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from checkpointing import save_checkpoint, save_generator
+from checkpointing import preparation_for_file, save_checkpoint, save_generator
 from config import option_name
 from console import say
-from data_report import say_skipped
+from data_report import say_what_is_left_out, say_what_would_suit
 from image_data import as_float_images, batch_indices, evenly_spaced
 from image_metrics import sliced_wasserstein
-from pictures import alpha_picture, grid, save_picture
+from image_sizes import size_text
+from pictures import alpha_picture, grid, on_white, save_picture
 from randomness import latent_noise, random_generator
 from resuming import open_run_folder
 from safe_files import append_line, atomic_write
@@ -54,9 +55,9 @@ class RunLog:
         self.config, self.gan, self.data, self.out, self.checkpoints = config, gan, data, out, checkpoints
         self.is_rank_zero = distributed.rank() == 0
         self.threads = torch.get_num_threads() if gan.device.type == "cpu" else 0  # of the CPU that computes
-        self.step, self.images_seen, self.elapsed_seconds, self.num_images_before, self.threads_before = (
-            state[name] for name in ("step", "images_seen", "elapsed_seconds", "num_images", "threads")) if state else (
-            0, 0, 0.0, len(data.images), 0)
+        self.step, self.images_seen, self.elapsed_seconds, self.num_images_before, self.threads_before, self.set_before = (
+            state[name] for name in ("step", "images_seen", "elapsed_seconds", "num_images", "threads", "image_set")
+        ) if state else (0, 0, 0.0, len(data.images), 0, "")
         self.pending = []  # the metrics of each step since the last line of the log, read from the device only then
         if state:
             pending = {name: values.to(gan.device) for name, values in state["pending_metrics"].items()}
@@ -78,13 +79,17 @@ class RunLog:
         networks = self.gan.generator, self.gan.critic
         generator, critic = (sum(p.numel() for p in network.parameters()) for network in networks)
         classes = f" in {len(data.class_counts)} classes" if len(data.class_counts) > 1 else ""
-        say(f"data    {data.folder}: {len(data.images)} images{classes}, {config.image_size} px\n"
+        say(f"data    {data.folder}: {len(data.images)} images{classes}, "
+            f"{size_text(config.image_size)} px{'' if config.channels == 3 else f', {config.channels} channels'}\n"
             f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
             f"{config.precision} on {self.gan.device}\n"
             f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
-        say_skipped(data.skipped)
+        say_what_is_left_out(data.skipped, data.passed_over)
+        say_what_would_suit(data, config.channels)
         if len(data.images) != self.num_images_before:
             say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
+        elif self.set_before not in ("", data.digest):
+            say("warning: the images are not those that the run had before, or prepared in another way")
         if self.threads_before and self.threads and self.threads != self.threads_before:
             say(f"warning: the run had {self.threads_before} threads, has {self.threads} from here on (OMP_NUM_THREADS sets "
                 "them): sums are rounded differently, so it is no longer equal to the bit to one that was never stopped")
@@ -92,7 +97,7 @@ class RunLog:
             say(f"warning: fewer images than --batch-size {config.batch_size}: batches hold some of them repeatedly")
         if config.dry_run:
             for name, value in dataclasses.asdict(config).items():
-                say(f"{option_name(name):26} {value}")
+                say(f"{option_name(name):26} {size_text(value)}")
             say(f"memory  {self.gan.state_bytes():,} bytes of weights and optimizer state; "
                 "a checkpoint takes as much on the disk")
 
@@ -212,9 +217,9 @@ class RunLog:
             return
         started = time.perf_counter()
         seed, vae, before = self.config.seed, self.gan.averaged, read_metrics(self.out)
-        real = evenly_spaced(self.data.images, NUM_MEASURED)
+        real = on_white(evenly_spaced(self.data.images, NUM_MEASURED))
         noise = latent_noise(seed, range(len(real)), self.config.latent_dim).split(self.config.batch_size)
-        fake = torch.cat([vae.decode(z.to(self.gan.device)).cpu() for z in noise])
+        fake = torch.cat([on_white(vae.decode(z.to(self.gan.device)).cpu()) for z in noise])
         distances = sliced_wasserstein(real, fake, generator=random_generator(seed, "patches"))
         metrics = {"sliced_wasserstein": statistics.mean(distances.values())}
         append_metrics(self.out, {"step": self.step} | metrics)
@@ -246,7 +251,9 @@ class RunLog:
             pending = {name: column.clone() for name, column in zip(self.pending[0], columns, strict=True)}
         return {"images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
                 "threads": self.threads, "config": dataclasses.asdict(self.config),
-                "model_arguments": self.config.model_arguments(), "pending_metrics": pending}
+                "model_arguments": self.config.model_arguments(), "pending_metrics": pending,
+                "preparation": preparation_for_file(self.config.resize_mode, self.data.levels),
+                "image_set": self.data.digest}
 
     def finish(self):
         """Logs, saves and draws the last step, where it was not its turn, and prints how the run has ended."""

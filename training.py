@@ -22,7 +22,7 @@ from devices import DeviceError, keep_freed_memory, limit_threads, one_core_each
 from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
 from image_data import DataError, as_float_images, as_image_set, batch_indices, load_images, to_device, to_device_if_it_fits
 from randomness import random_generator
-from resuming import RunFolderError, find_run, resolve_settings
+from resuming import RunFolderError, find_run, known_levels, resolve_settings
 from run_log import RunLog, TrainingError
 from wgan_gp import GAN
 
@@ -38,8 +38,8 @@ def train(config, *, data=None, interrupt=None, after_step=None):
 
     Args:
         config: a Config.
-        data: images to train on in place of a folder: an ImageSet, or uint8 (M, C, H, W). Their size is then the run's, and
-            config.data only names the run.
+        data: images to train on in place of a folder: an ImageSet, or uint8 (M, C, H, W). Their size and channels are then
+            the run's, and config.data only names the run.
         interrupt: an Interrupt, to learn afterwards which signal was received.
         after_step: called as after_step(step, metrics) after every step; metrics are scalar tensors on the device.
 
@@ -51,7 +51,7 @@ def train(config, *, data=None, interrupt=None, after_step=None):
     config.check()
     with interrupt or Interrupt() as signals:
         if config.check_data:
-            return check_data(_data_folder(config), config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad)
+            return check_data(_data_folder(config), config)
         limit_threads()
         threads = start_threads()
         config, gan, log = _prepare(config, data)
@@ -150,11 +150,14 @@ def _prepare(config, data):
                 raise DataError("data: images are given, so Config(data=...) has to name the run")
             folder, name = None, pathlib.Path(config.data).name
             data, identity = as_image_set(data, config.data)
-            config = dataclasses.replace(config, data=identity, image_size=data.images.shape[-1])
+            channels, *sides = data.images.shape[1:]
+            config = dataclasses.replace(config, data=identity, image_size=tuple(sides), channels=channels)
             config.check()
         out, checkpoints, state = find_run(config, name=name, folder=folder)
         config = resolve_settings(config, state, device)
-        data = data or load_images(config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad)
+        data = data or load_images(
+            config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad, channels=config.channels,
+            resize_mode=config.resize_mode, levels=known_levels(config, state))
         try:
             gan = GAN(config, device)
         except RuntimeError as error:  # torch raises it when memory cannot be had

@@ -35,7 +35,8 @@ class GAN:
         torch.manual_seed(random_generator(config.seed, "weights").initial_seed())
         self.config, self.device, self.input_gradient = config, device, None
         self.generator = VAE(**config.model_arguments()).to(device)
-        self.critic = Discriminator(image_size=config.image_size, base_channels=config.base_channels).to(device)
+        self.critic = Discriminator(image_size=config.image_size, channels=config.channels,
+                                    base_channels=config.base_channels).to(device)
         # Convolutions are fastest in channels_last. The CNN is left out: its input is made frame by frame.
         for convolutions in (self.generator.encoder, self.generator.decoder, self.critic):
             convolutions.to(memory_format=torch.channels_last)

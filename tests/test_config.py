@@ -35,8 +35,11 @@ def test_all_faults_are_reported_at_once_and_by_option_name(capsys):
 
 @pytest.mark.parametrize(("arguments", "fault"), [
     (["--data", "x", "--demo"], "--data: name a folder of images, or use --demo; one of the two"),
-    (["--data", "x", "--image-size", "100"], "--image-size: must be one of 32, 64, 128, 256, got 100"),
-    (["--data", "x", "--image-size", "32", "--alpha-grid", "64"], "--alpha-grid: must be at most --image-size (32), got 64"),
+    *((["--data", "x", "--image-size", size], f"--image-size: must be one of 32, 64, 128, 256, 512, or HEIGHTxWIDTH such as "
+       "128x224: the shorter side one of these, the longer a multiple of its quarter, at most 4 times it; "
+       f"got {size}") for size in ("100", "128x225", "64x512", "128x", "32.0", "1e3", "-32")),
+    (["--data", "x", "--channels", "2"], "--channels: must be one of 1, 3, 4, got 2"),
+    (["--data", "x", "--resize-mode", "fit"], "--resize-mode: must be one of crop, pad, stretch, got fit"),
     (["--data", "x", "--critic-learning-rate", "inf"], "--critic-learning-rate: must be above 0, got inf"),
     (["--data", "x", "--kl-weight", "inf"], "--kl-weight: must be at least 0, got inf"),
     (["--data", ""], "--data: name a folder of images, or use --demo; one of the two"),
@@ -71,3 +74,13 @@ def test_help_needs_no_torch():
     code = "import sys, config; config.parser().format_help(); sys.exit('torch' in sys.modules)"
     root = __file__.rsplit("tests", 1)[0]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("given", "size"), [("64", 64), ("64x112", (64, 112)), ("512x128", (512, 128)), ("64x64", 64)])
+def test_a_size_is_a_number_or_height_and_width_however_it_is_given(given, size):
+    sides = tuple(map(int, given.split("x")))
+    for value in (given, sides if len(sides) == 2 else sides[0], list(sides) if len(sides) == 2 else sides[0]):
+        config = Config(data="x", image_size=value)
+        assert config.image_size == size
+        assert not config.faults()
+    assert from_command_line(["--data", "x", "--image-size", given]).image_size == size

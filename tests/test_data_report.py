@@ -11,12 +11,12 @@ from image_data import load_images
 def folder(tmp_path):
     """Two classes, with a small, a broken and a doubled file, and two that are no pictures."""
     for index in range(3):
-        save_picture(tmp_path / "set" / "cats" / f"{index}.png", size=(50, 40), color=(index, 0, 0))
+        save_picture(tmp_path / "set" / "cats" / f"{index}.png", size=(50, 40), color=(80 * index, 0, 0))
     save_picture(tmp_path / "set" / "dogs" / "grey.png", "L", size=(33, 32), color=7)
     save_picture(tmp_path / "set" / "dogs" / "small.jpg", size=(20, 50), color=(90, 90, 90))
-    save_picture(tmp_path / "set" / "dogs" / "again.png", size=(80, 64), color=(1, 0, 0))
+    save_picture(tmp_path / "set" / "dogs" / "again.png", size=(80, 64), color=(80, 0, 0))
     (tmp_path / "set" / "dogs" / "page.png").write_text("<html>")
-    (tmp_path / "set" / "dogs" / "raw.HEIC").write_text("x")
+    (tmp_path / "set" / "dogs" / "raw.DNG").write_text("x")
     (tmp_path / "set" / "notes").write_text("x")
     return tmp_path / "set"
 
@@ -29,14 +29,16 @@ def test_the_report_says_what_is_there_and_what_may_be_wrong(folder, capfd):
         "class: cats (3), dogs (3)",
         "width x height: 50 x 40 (3), 80 x 64 (1), 33 x 32 (1), 20 x 50 (1)",
         "mode: RGB (5), L (1)",
-        "ignored files, by extension: .heic (1), no extension (1)",
+        "resize mode: crop cuts off 24% of an image on average, at most 60%; pad adds 42% of an image on average, at most "
+        "150%; stretch changes proportions as much",
         "smaller than 32 px, enlarged: 1",
         "  dogs/small.jpg: 20 x 50",
         "the same picture as another: 1",
         "  dogs/again.png: as cats/1.png",
+        "passed over: 1 .dng, 1 without an ending",
     ]
     assert err.splitlines()[0].startswith("1 of 7 images in")
-    assert err.splitlines()[1] == "  dogs/page.png: cannot identify image file"
+    assert err.splitlines()[1] == "  dogs/page.png: a web page, which is not read here"
     assert not pathlib.Path("runs").exists()
 
 
@@ -44,7 +46,7 @@ def test_what_the_check_has_read_is_the_cache(folder, monkeypatch, capfd):
     assert training.main(["--data", str(folder), *tiny_arguments(), "--check-data", "--skip-bad"]) == 0
     said = capfd.readouterr().out
     assert "warning: 1 files cannot be read and are left out:\n  dogs/page.png: " in said
-    monkeypatch.setattr("image_data.decode_with_facts", None)
+    monkeypatch.setattr("image_data.read_picture", None)
     assert len(load_images(folder, 32, cache_dir="cache", skip_bad=True).images) == 6
     assert training.main(["--data", str(folder), *tiny_arguments(steps=1), "--skip-bad"]) == 0
     assert "6 images in 2 classes" in capfd.readouterr().out

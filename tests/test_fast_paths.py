@@ -226,9 +226,9 @@ class RegularizedCritic(Discriminator):
 class PooledCritic(nn.Module):
     """Nothing of the Discriminator but its place."""
 
-    def __init__(self, *, image_size, base_channels):
+    def __init__(self, *, image_size, channels, base_channels):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, base_channels, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        self.net = nn.Sequential(nn.Conv2d(channels, base_channels, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                                  nn.Linear(base_channels, 1))
 
     def forward(self, images):

@@ -333,14 +333,13 @@ def under_a_memory_limit():
 @pytest.mark.skipif(sys.platform != "linux", reason="limits as on Linux")
 def test_pictures_larger_than_memory_are_named(tmp_path):
     (tmp_path / "set").mkdir()
-    Image.new("1", (20_000, 20_000)).save("set/too_large.png")  # refused by Pillow from its header
+    Image.new("1", (20_000, 20_000)).save("set/too_large.png")  # refused by Pillow from its header, and then tried
     Image.new("L", (16_000, 11_000)).convert("P").save("set/large.png")  # allowed by Pillow
     child = Child("--data", "set", *tiny_arguments(), first=under_a_memory_limit)
     assert child.wait() == 2
     lines = child.err.read_text().splitlines()
     assert lines[0].startswith("2 of 2 images in")
-    assert "large.png: MemoryError" in lines[1]
-    assert "too_large.png: Image size (400000000 pixels) exceeds limit" in lines[2]
+    assert lines[1:] == ["  large.png: not enough memory", "  too_large.png: not enough memory"]
     assert len(lines) == 3
 
 

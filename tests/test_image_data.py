@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import image_data
-from image_data import DataError, as_float_images, batch_indices, decode_image, find_images, load_images
+from image_data import as_float_images, batch_indices, find_images, load_images
+from image_files import DataError, decode_image, read_picture
 
 MESSY = next(pathlib.Path(__file__).resolve().parents[2].glob("*/data/messy"), None)
 
@@ -131,7 +132,8 @@ def test_broken_files_are_all_named_with_the_reason(tmp_path):
     assert [line.split(":")[0].strip() for line in lines[1:]] == broken
     assert "image file" in lines[1]
     assert [line.split(": ")[1] for line in lines[2:]] == [
-        *2 * ["cannot identify image file"], "a broken link", *2 * ["cannot identify image file"], "not a file"]
+        "a PostScript document, which is not read here", "cannot identify image file", "a broken link",
+        "a web page, which is not read here", "cannot identify image file", "not a file"]
 
 
 def test_broken_files_can_be_skipped_and_are_tried_again_where_they_are_not(tmp_path, monkeypatch):
@@ -144,12 +146,11 @@ def test_broken_files_can_be_skipped_and_are_tried_again_where_they_are_not(tmp_
     assert data.images.shape == (2, 3, 32, 32)
     assert data.images.amax(dim=(1, 2, 3)).tolist() == [255, 0]  # a.png, whole.png
     with monkeypatch.context() as patched:
-        patched.setattr(image_data, "decode_with_facts", None)
+        patched.setattr(image_data, "read_picture", None)
         again = load_images(folder, 32, cache_dir=tmp_path / "cache", skip_bad=True)
     assert torch.equal(again.images, data.images)
     assert again.skipped == data.skipped
-    decode = image_data.decode_with_facts
-    monkeypatch.setattr(image_data, "decode_with_facts", lambda path, size: decode(folder / "whole.png", size))
+    monkeypatch.setattr(image_data, "read_picture", lambda _, *how, **too: read_picture(folder / "whole.png", *how, **too))
     assert len(load_images(folder, 32, cache_dir=tmp_path / "cache").images) == 9
 
 
@@ -170,13 +171,19 @@ def test_a_folder_reached_in_two_ways_counts_once(tmp_path):
     assert names(tmp_path / "set") == ["cats/a.png", "dogs/b.png"]
 
 
-def test_a_folder_that_cannot_be_entered_is_named(image_folder, monkeypatch):
-    def walk(folder, onerror, **_):
-        onerror(PermissionError(13, "Permission denied", "images/cats"))
+def test_a_folder_that_cannot_be_entered_is_named_and_can_be_passed_over(image_folder, monkeypatch):
+    walk = os.walk
 
-    monkeypatch.setattr(os, "walk", walk)
-    with pytest.raises(DataError, match="images/cats: Permission denied"):
-        find_images(image_folder)
+    def closed(folder, onerror, **settings):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/cats"))
+        return walk(folder, onerror=onerror, **settings)
+
+    monkeypatch.setattr(os, "walk", closed)
+    for load in (find_images, lambda folder: load_images(folder, 32, cache_dir="cache")):
+        with pytest.raises(DataError, match="1 of 11 images in .*(--skip-bad).*\n  cats: .*: Permission denied"):
+            load(image_folder)
+    data = load_images(image_folder, 32, cache_dir="cache", skip_bad=True)
+    assert (len(data.images), data.skipped) == (10, {"cats": "cannot be entered: Permission denied"})
 
 
 @pytest.mark.parametrize("text", ["null", "[" * 100_000, "{", "5"])
@@ -218,7 +225,7 @@ def test_images_are_decoded_once_and_then_read_from_the_cache(image_folder, tmp_
     assert sum(first.class_counts.values()) == 10
     for image, path in zip(first.images, find_images(image_folder), strict=True):
         assert torch.equal(image, decode_image(path, 32))
-    monkeypatch.setattr(image_data, "decode_with_facts", None)
+    monkeypatch.setattr(image_data, "read_picture", None)
     assert torch.equal(load_images(image_folder, 32, cache_dir=tmp_path / "cache").images, first.images)
 
 

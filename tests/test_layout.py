@@ -8,38 +8,40 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
-    "config": set(),
+    "image_sizes": set(),
+    "config": {"image_sizes"},
     "randomness": {"torch"},
     "synthetic_video": {"torch"},
-    "model_definitions": {"torch", "synthetic_video"},
+    "model_definitions": {"torch", "image_sizes", "synthetic_video"},
     "losses": {"torch"},
     "augmentation": {"torch", "synthetic_video"},
     "safe_files": {"filelock"},
     "devices": {"torch"},
     "distributed": {"torch"},
     "console": {"tqdm", "distributed"},
-    "image_data": {"torch", "torchvision", "PIL", "tqdm", "devices", "randomness", "safe_files"},
-    "data_report": {"console", "image_data"},
+    "image_files": {"torch", "torchvision", "PIL", "pillow_heif", "devices", "image_sizes"},
+    "image_data": {"torch", "tqdm", "devices", "image_files", "image_sizes", "randomness", "safe_files"},
+    "data_report": {"console", "image_data", "image_sizes"},
     "demo_images": {"PIL", "tqdm"},
     "pictures": {"torch", "torchvision", "PIL", "av", "safe_files", "synthetic_video"},
-    "checkpointing": {"torch", "model_definitions", "safe_files"},
-    "image_metrics": {"torch", "torch_fidelity"},
-    "latent_paths": {"torch", "tqdm", "image_data", "model_definitions", "randomness"},
+    "checkpointing": {"torch", "image_sizes", "model_definitions", "safe_files"},
+    "image_metrics": {"torch", "torch_fidelity", "pictures"},
+    "latent_paths": {"torch", "tqdm", "image_files", "model_definitions", "randomness"},
     "wgan_gp": {"torch", "augmentation", "checkpointing", "distributed", "losses", "model_definitions", "randomness"},
     "fast_paths": {"torch", "distributed", "losses", "model_definitions", "randomness", "synthetic_video"},
-    "resuming": {"checkpointing", "config", "console", "devices", "distributed", "safe_files"},
+    "resuming": {"checkpointing", "config", "console", "devices", "distributed", "image_sizes", "safe_files"},
     "run_log": {"torch", "matplotlib", "tqdm", "checkpointing", "config", "console", "data_report", "distributed",
-                "image_data", "image_metrics", "pictures", "randomness", "resuming", "safe_files"},
+                "image_data", "image_metrics", "image_sizes", "pictures", "randomness", "resuming", "safe_files"},
     "training": {"torch", "augmentation", "checkpointing", "config", "console", "data_report", "demo_images", "devices",
                  "distributed", "fast_paths", "image_data", "randomness", "resuming", "run_log", "wgan_gp"},
-    "generate": {"torch", "PIL", "tqdm", "checkpointing", "config", "console", "devices", "fast_paths", "image_data",
-                 "latent_paths", "pictures", "randomness", "synthetic_video"},
+    "generate": {"torch", "torchvision", "PIL", "tqdm", "checkpointing", "config", "console", "devices", "fast_paths",
+                 "image_files", "latent_paths", "pictures", "randomness", "synthetic_video"},
     "evaluate": {"torch", "tqdm", "checkpointing", "config", "console", "devices", "image_data", "image_metrics",
-                 "randomness"},
+                 "image_sizes", "pictures", "randomness"},
 }
 FOR_NOTEBOOKS = ("model_definitions", "losses", "synthetic_video", "checkpointing", "latent_paths", "pictures",
                  "demo_images")
-OPTIONAL = ("av", "matplotlib", "tensorboard", "torch_fidelity")
+OPTIONAL = ("av", "matplotlib", "pillow_heif", "tensorboard", "torch_fidelity")
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
 
 

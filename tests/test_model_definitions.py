@@ -5,18 +5,18 @@ import torch
 from torch import nn
 
 import config
+from image_sizes import SHORTER_SIDES
 from losses import generator_loss, kl_divergence, reconstruction_loss
-from model_definitions import CNN, IMAGE_SIZES, LOGVAR_RANGE, OUTPUT_LAYERS, VAE, CNNParamTanh, Discriminator
+from model_definitions import CNN, LOGVAR_RANGE, OUTPUT_LAYERS, VAE, CNNParamTanh, Discriminator, StaticParamTanh, alpha_map
 from synthetic_video import synthetic_video
 
 
 def test_config_and_networks_know_the_same_choices():
-    assert config.IMAGE_SIZES == IMAGE_SIZES
     rules = {field.name: field.metadata for field in config.dataclasses.fields(config.Config)}
     assert rules["output_layer"]["choices"] == OUTPUT_LAYERS
 
 
-@pytest.mark.parametrize("size", IMAGE_SIZES)
+@pytest.mark.parametrize("size", SHORTER_SIDES)
 def test_shapes_at_every_size(size):
     vae = VAE(image_size=size, base_channels=4, latent_dim=6)
     critic = Discriminator(image_size=size, base_channels=4)
@@ -132,8 +132,8 @@ def test_no_seed_kills_both_filters():
 
 
 def test_grid_as_wide_as_the_image_gives_every_pixel_its_own_alpha():
-    cnn = CNN(image_size=32, alpha_grid=32)
-    assert torch.equal(cnn.alpha_map.enlarge, torch.eye(32))
+    grid = torch.randn(2, 32, 32)
+    assert torch.equal(alpha_map(grid, 32, 32)[:, 0], nn.functional.softplus(grid + math.log(math.expm1(3))))
 
 
 def test_logvar_is_bounded_and_mu_is_not():
@@ -190,14 +190,19 @@ def test_networks_work_in_another_precision(dtype):
 
 
 def test_impossible_arguments_are_refused_with_what_would_do():
-    with pytest.raises(ValueError, match="image_size must be one of 32, 64, 128, 256, got 100"):
+    with pytest.raises(ValueError, match="image_size must be one of 32, 64, 128, 256, 512, or .*; got 100"):
         VAE(image_size=100)
     with pytest.raises(ValueError, match="image_size must be one of"):
         Discriminator(image_size=16)
     with pytest.raises(ValueError, match="output_layer must be one of cnn, static, none, got 'tanh'"):
         VAE(output_layer="tanh")
-    with pytest.raises(ValueError, match=r"alpha_grid must be from 1 to image_size \(32\), got 33"):
-        CNNParamTanh(image_size=32, alpha_grid=33)
+    with pytest.raises(ValueError, match="alpha_grid must be at least 1, got 0"):
+        CNNParamTanh(alpha_grid=0)
+    with pytest.raises(ValueError, match="image_size must be at least 16, got 8"):
+        CNNParamTanh(image_size=8)
+    for network in (VAE, Discriminator, CNN, CNNParamTanh, StaticParamTanh):
+        with pytest.raises(ValueError, match="channels must be one of 1, 3, 4, got 2"):
+            network(channels=2)
     with pytest.raises(ValueError, match="base_channels must be at least 1"):
         Discriminator(base_channels=0)
 
@@ -211,7 +216,7 @@ def test_wrong_shapes_are_refused_with_the_shape_and_what_was_expected():
     vae = VAE(image_size=32, base_channels=4, latent_dim=4)
     with pytest.raises(ValueError, match=r"expected z of shape \(N, 4\), got \(2, 5\)"):
         vae.decode(torch.rand(2, 5))
-    with pytest.raises(ValueError, match=r"expected video of shape \(N, 48, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"a video \(N, 16, 3, H, W\) or \(N, 48, H, W\) .* got \(1, 8, 3, 32, 32\)"):
         CNN(image_size=32)(torch.rand(1, 8, 3, 32, 32))
 
 
@@ -231,6 +236,6 @@ def test_the_first_images_are_smooth_and_signals_keep_their_scale(image_size):
 def test_reprs_show_settings_and_shapes():
     vae = repr(VAE(image_size=64, latent_dim=9, base_channels=2, alpha_grid=8))
     for expected in ("images (N, 3, 64, 64), z (N, 9)", "(N, 3, 64, 64) -> (N, 3, 64, 64), num_frames=16",
-                     "(N, 48, 64, 64) -> (N, 1, 64, 64)", "AlphaMap((N, 8, 8) -> (N, 1, 64, 64))"):
+                     "(N, 48, 64, 64) -> (N, 1, 64, 64)"):
         assert expected in vae
     assert "(N, 3, 32, 32) -> (N,)" in repr(Discriminator(image_size=32, base_channels=2))

@@ -663,7 +663,8 @@ def test_an_image_set_is_trained_on(image_folder):
 @pytest.mark.parametrize(("data", "said"), [
     (torch.zeros(4, 32, 32, 3, dtype=torch.uint8), r"got torch.uint8 \(4, 32, 32, 3\); images.permute"),
     (torch.zeros(4, 3, 32, 32), "expected uint8 images .*, got torch.float32"),
-    (torch.zeros(4, 3, 32, 64, dtype=torch.uint8), r"H = W, got torch.uint8 \(4, 3, 32, 64\)"),
+    (torch.zeros(4, 2, 32, 64, dtype=torch.uint8), r"C one of 1, 3, 4, got torch.uint8 \(4, 2, 32, 64\)"),
+    (torch.zeros(4, 32, 64, dtype=torch.uint8), r"got torch.uint8 \(4, 32, 64\); images\[:, None\]"),
     (torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "no images"),
     (torch.zeros(4, 3, 30, 30, dtype=torch.uint8), "--image-size: must be one of"),
 ])

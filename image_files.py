@@ -1,0 +1,274 @@
+"""Reads one picture file, whatever its mode, depth and orientation, and whatever stands beside its pixels."""
+import contextlib
+import importlib.util
+import io
+import pathlib
+import threading
+import zlib
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from devices import free_memory
+from image_sizes import CHANNELS, RESIZE_MODES
+
+HEIC_EXTENSIONS = (".heic", ".heif", ".hif")
+EXTENSIONS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+              ".pbm", ".pnm", ".avif", *HEIC_EXTENSIONS)
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # the only ones parsed, whatever the extension
+READS_HEIC = "pip install pillow-heif reads it"
+# Of files that are not read: where in the file, which bytes, what it is.
+SIGNATURES = (
+    (4, b"ftypjxl ", "a JPEG XL picture"), (0, b"\xff\x0a", "a JPEG XL picture"), (4, b"JXL ", "a JPEG XL picture"),
+    (4, b"jP  ", "a JPEG 2000 picture"), (0, b"\xff\x4f\xff\x51", "a JPEG 2000 picture"), (4, b"ftypavi", None),
+    (4, b"ftypcrx", "a camera's raw file"), (4, b"ftyp", "a video"), (0, b"\x1aE\xdf\xa3", "a video"),
+    (0, b"8BPS", "a Photoshop document"), (0, b"%PDF", "a PDF document"), (0, b"%!PS", "a PostScript document"),
+    (0, b"gimp xcf", "a GIMP document"), (0, b"\x00\x00\x01\x00", "an icon"), (0, b"v/1\x01", "an OpenEXR picture"),
+    (0, b"#?RADIANCE", "a Radiance picture"), (0, b"PK\x03\x04", "a ZIP archive"), (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"7z\xbc\xaf", "a 7z archive"), (0, b"Rar!", "a RAR archive"), (257, b"ustar", "a tar archive"),
+    (0, b"\xfd7zXZ", "an xz archive"), (0, b"BZh", "a bzip2 archive"), (0, b"version https://git-lfs", "a Git LFS pointer"),
+    (0, b"<svg", "an SVG drawing"), (0, b"<!doctype html", "a web page"), (0, b"<html", "a web page"),
+    (0, b"<?xml", "an XML document"))
+TURNED = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}  # EXIF orientation to what turns the picture upright
+GREY = 8  # of 255: the largest difference of channels in a grey picture, as JPEG rounds colours
+BYTES_PER_PIXEL = 12  # at most, while a large picture is read
+ONE_LARGE_AT_A_TIME = threading.Lock()
+
+
+class DataError(ValueError):
+    """The folder or file cannot be used as it is; the message says what would do."""
+
+
+class PassingError(DataError):
+    """The file could not be read this time: no permission, a fault of the disk or the network, not enough memory."""
+
+
+class Picture(NamedTuple):
+    """A decoded file."""
+
+    pixels: torch.Tensor  # (C, H, W) uint8
+    width: int  # of the file, when it is upright
+    height: int
+    mode: str  # Pillow's
+    grey: bool  # all of its pixels, where C is 3 or 4
+    transparent: bool  # any of its pixels
+    kind: str | None  # of samples of more than 8 bits: "integer" or "float"
+    lowest: float  # sample of more than 8 bits
+    highest: float
+
+
+def decode_image(path, image_size, *, channels=3, resize_mode="crop", levels=None):
+    """Returns one picture file as uint8 (C, H, W).
+
+    EXIF orientation is applied where it can be told, and only the first frame of an animation is read. Transparency is laid
+    on white; with 4 channels it is kept, and what is invisible is white.
+
+    Args:
+        path: of the file.
+        image_size: pixels, (H, W) or the side of a square.
+        channels: C: 1 (grey), 3 (RGB) or 4 (RGBA).
+        resize_mode: "crop" keeps the centre, "pad" adds white (nothing, where C is 4), "stretch" changes the proportions.
+        levels: what is black and what is white in samples of more than 8 bits, {"integer" or "float": (black, white)}; as
+            common_levels of the file itself where not given.
+
+    Raises:
+        DataError: the file is no picture, or a broken one; the message says why, in one line.
+    """
+    return read_picture(path, image_size, channels=channels, resize_mode=resize_mode, levels=levels).pixels
+
+
+def read_picture(path, image_size, *, channels=3, resize_mode="crop", levels=None):
+    """Returns the Picture of a file. Arguments and errors as for decode_image."""
+    if channels not in CHANNELS or resize_mode not in RESIZE_MODES:
+        raise ValueError(f"expected channels in {CHANNELS} and resize_mode in {RESIZE_MODES}, got {channels}, {resize_mode}")
+    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    path, arguments = pathlib.Path(path), (sides, channels, resize_mode, levels or {})
+    try:
+        if not path.is_file():
+            raise DataError("not a file" if path.exists() else "a broken link" if path.is_symlink() else "no such file")
+        try:
+            return _read(path, *arguments)
+        except Image.DecompressionBombError:
+            with ONE_LARGE_AT_A_TIME:
+                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                try:
+                    return _read(path, *arguments, large=True)
+                finally:
+                    Image.MAX_IMAGE_PIXELS = limit
+        except Exception as error:
+            alone = None if isinstance(error, DataError) else _without_metadata(path)
+            with contextlib.suppress(Exception):  # of the two errors, the first one says more
+                return _read(alone, *arguments)
+            raise
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever their parsers do
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise PassingError(getattr(error, "strerror", None) or "not enough memory") from None
+        reason = str(error).replace(repr(str(path)), "").strip(" :") or type(error).__name__
+        raise DataError(what_it_is(path) or " ".join(reason.split())) from None
+
+
+def reads_heic():
+    """Whether HEIC pictures can be read here; the first call registers the package that does it with Pillow."""
+    if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif"):
+        import pillow_heif  # an optional package
+
+        pillow_heif.register_heif_opener()
+    return "HEIF" in Image.OPEN
+
+
+def what_it_is(path):
+    """Returns what a file that is not read is by its first bytes, None where they say nothing."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError:
+        return None
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"):
+        return None if reads_heic() else f"a HEIC picture; {READS_HEIC}"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    found = next((what for place, start, what in SIGNATURES
+                  if head[place:].startswith(start) or start[:1] == b"<" and text.startswith(start)), None)
+    return found and f"{found}, which is not read here"
+
+
+def _read(file, sides, channels, resize_mode, levels, *, large=False):
+    heic = ("HEIF",) if reads_heic() else ()
+    with Image.open(file, formats=PILLOW_FORMATS + heic) as image:
+        mode, (width, height) = image.mode, image.size
+        image.draft("RGB", (2 * max(sides),) * 2)  # JPEG only: skip detail that resizing would drop
+        needed, free = image.width * image.height * BYTES_PER_PIXEL, free_memory() if large else None
+        if free is not None and needed > free:
+            raise PassingError(f"{width} x {height} pixels need {needed:,} bytes of memory, {free:,} are free; make it "
+                               "smaller")
+        image.load()  # before the orientation, whose errors do not count
+        orientation = _orientation(image)
+        if large:
+            image = _reduced(image, sides)
+        if orientation > 4:
+            width, height = height, width
+        if orientation in TURNED:
+            image = image.transpose(TURNED[orientation])
+        kind, lowest, highest = None, 0.0, 0.0
+        if image.mode.startswith(("I", "F")):
+            kind = "float" if image.mode == "F" else "integer"
+            image, lowest, highest = _to_8_bit(image, levels.get(kind))
+        transparent = image.has_transparency_data
+        if transparent:
+            image = image.convert("RGBA")
+            transparent = image.getextrema()[3][0] < 255
+        pixels = pil_to_tensor(_resized(_with_channels(image, channels), *sides, resize_mode)).contiguous()
+    if channels == 4:
+        pixels[:3].masked_fill_(pixels[3:] == 0, 255)
+    colours = pixels[:3].aminmax(dim=0)
+    grey = bool((colours.max - colours.min).max() <= GREY)
+    return Picture(pixels, width, height, mode, grey, transparent, kind, lowest, highest)
+
+
+def _orientation(image):
+    """EXIF orientation from 1 to 8; 1 where it cannot be told."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+        value = int(value[0] if isinstance(value, tuple | list) else value)
+    except Exception:  # whatever stands there
+        return 1
+    return value if value in TURNED else 1
+
+
+def _reduced(image, sides):
+    """Averages small blocks of pixels of a large picture, so that what follows needs less memory."""
+    factor = min(image.size) // (2 * max(sides))
+    if factor < 2 or image.mode.startswith(("I", "F")):
+        return image
+    if image.mode in ("1", "P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image.reduce(factor)
+
+
+def _to_8_bit(image, levels):
+    """Returns a picture of mode L, and the lowest and highest sample; samples that are not finite become black."""
+    samples = pil_to_tensor(image.convert("F"))
+    finite = samples.isfinite()
+    if not finite.any():
+        raise DataError("none of its samples is a finite number")
+    lowest, highest = (bound.item() for bound in samples[finite].aminmax())
+    if not finite.all():
+        image = Image.fromarray(torch.where(finite, samples, lowest)[0].numpy())
+    black, white = levels or common_levels("float" if image.mode == "F" else "integer", lowest, highest)
+    scale = 255 / (white - black)
+    return image.convert("F").point(lambda value: value * scale + -black * scale).convert("L"), lowest, highest
+
+
+def common_levels(kind, lowest, highest):
+    """Returns what is black and what is white in samples of more than 8 bits that lie between two bounds.
+
+    Files do not say how many bits are in use. White is the level of a common range, of 8 to 16 bits or of 1.0, where the
+    highest sample is near it, else the highest sample. Black is 0, or where samples are negative the lowest one.
+    Floating-point samples may go a little beyond a common range, as resizing makes them do.
+
+    Args:
+        kind: "integer" or "float".
+        lowest, highest: samples.
+    """
+    ranges, beyond = ((1, 255, 65535), 1.25) if kind == "float" else ((255, 1023, 4095, 16383, 65535), 1)
+    white = next((level for level in ranges if highest / beyond <= level <= 1.25 * highest), highest)
+    black = min(lowest, 0)
+    if kind == "float" and -0.1 * white < black:
+        black = 0
+    elif kind == "float" and 0.8 * white <= -black <= 1.25 * white:
+        black = -white
+    return float(black), float(white if white > black else black + 1)
+
+
+def _with_channels(image, channels):
+    if channels == 4:
+        return image if image.mode == "RGBA" else image.convert("RGB").convert("RGBA")
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "L" and channels == 1 else image.convert("RGB").convert("L" if channels == 1 else "RGB")
+
+
+def _resized(image, height, width, resize_mode):
+    if resize_mode == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    if resize_mode == "stretch":
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    scale = min(width / image.width, height / image.height)
+    inner = [max(1, round(side * scale)) for side in image.size]
+    canvas = Image.new(image.mode, (width, height), (255, 255, 255, 0) if image.mode == "RGBA" else "white")
+    canvas.paste(image.resize(inner, Image.Resampling.LANCZOS), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    return canvas
+
+
+def _without_metadata(path):
+    """Returns a PNG or JPEG file without what does not concern its pixels, as a file; None where nothing could be left out.
+
+    Pillow refuses a whole picture for a fault in its texts, profiles or thumbnails.
+    """
+    data = path.read_bytes()
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        kept, place = data[:8], 8
+        while place + 12 <= len(data):
+            end = place + 12 + int.from_bytes(data[place:place + 4], "big")
+            chunk = data[place:end]
+            whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+            if chunk[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or chunk[4:8] == b"eXIf" and whole:
+                kept += chunk
+            place = end
+    elif data.startswith(b"\xff\xd8"):
+        kept, place = data[:2], 2
+        while data[place:place + 1] == b"\xff" and data[place + 1:place + 2] != b"\xda":  # to the start of the scan
+            end = place + 2 + int.from_bytes(data[place + 2:place + 4], "big")
+            marker = data[place + 1]
+            if not (0xe0 <= marker <= 0xef or marker == 0xfe) or marker == 0xee:  # APP14 tells how colours are coded
+                kept += data[place:end]
+            place = end
+        kept += data[place:]
+    else:
+        return None
+    return io.BytesIO(kept) if len(kept) < len(data) else None
