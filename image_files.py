@@ -101,8 +101,9 @@ def read_picture(path, image_size, *, channels=3, resize_mode="crop", levels=Non
                     Image.MAX_IMAGE_PIXELS = limit
         except Exception as error:
             alone = None if isinstance(error, DataError) else _without_metadata(path)
-            with contextlib.suppress(Exception):  # of the two errors, the first one says more
-                return _read(alone, *arguments)
+            if alone:
+                with contextlib.suppress(Exception):  # of the two errors, the first one says more
+                    return _read(alone, *arguments)
             raise
     except DataError:
         raise
@@ -174,7 +175,7 @@ def _orientation(image):
     """EXIF orientation from 1 to 8; 1 where it cannot be told."""
     try:
         value = image.getexif().get(0x0112, 1)
-        value = int(value[0] if isinstance(value, tuple | list) else value)
+        value = int(value[0] if isinstance(value, tuple | bytes) else value)
     except Exception:  # whatever stands there
         return 1
     return value if value in TURNED else 1

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from augmentation import NUM_AUGMENT_NUMBERS, augment
@@ -30,7 +31,18 @@ def test_shift_moves_down_and_right_by_an_eighth_at_most():
     assert augment(images, numbers)[0, 0].argmax() == 10 * 16 + 10
 
 
-def test_gradient_reaches_the_image():
-    images = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+def test_transparency_is_moved_and_keeps_its_values():
+    images, numbers = torch.rand(1, 1, 16, 24).expand(3, 4, -1, -1), torch.rand(3, NUM_AUGMENT_NUMBERS)
+    numbers[1], numbers[2] = numbers[0], numbers[0]
+    numbers[1, 4:], numbers[2, 4:] = 0.5, torch.tensor([0.9, 0.1])  # as it is; brighter with less contrast
+    out = augment(images, numbers)
+    assert torch.equal(out[1, 3], out[2, 3])
+    assert torch.allclose(out[1, 3], out[1, 0], atol=1e-5)
+    assert (out[1, 0] - out[2, 0]).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 8, 6), (2, 4, 6, 8)])
+def test_gradient_reaches_the_image(shape):
+    images = torch.rand(shape, dtype=torch.float64, requires_grad=True)
     numbers = torch.rand(2, NUM_AUGMENT_NUMBERS, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: augment(x, numbers), images)

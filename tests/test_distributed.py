@@ -76,11 +76,12 @@ def test_two_processes_take_the_steps_of_one_with_the_joined_batch():
     assert max(tensor.abs().max() for tensor in one[0][2].values()) > 0.1  # there were gradients to compare
 
 
-def test_a_run_in_two_processes_writes_one_log_and_one_checkpoint_and_goes_on_alone(image_folder, train_tiny):
-    leader, other = run_processes(2, "--data", image_folder, *tiny_arguments(steps=10), "--out", "two")
+@pytest.mark.parametrize("shape", [{}, {"image_size": "32x40", "channels": 4}])
+def test_a_run_in_two_processes_writes_one_log_and_one_checkpoint_and_goes_on_alone(image_folder, train_tiny, shape):
+    leader, other = run_processes(2, "--data", image_folder, *tiny_arguments(steps=10, **shape), "--out", "two")
     assert "done: 10 steps" in leader[0]
     assert other == ("", "")
-    alone = train_tiny(steps=10, out="one")
+    alone = train_tiny(steps=10, out="one", **shape)
     assert os.listdir("two/checkpoints") == os.listdir("one/checkpoints") == ["step_0000010.pt"]
     two, one = newest(pathlib.Path("two")), newest(alone)
     for name, value in one["averaged"].items():
@@ -88,7 +89,7 @@ def test_a_run_in_two_processes_writes_one_log_and_one_checkpoint_and_goes_on_al
     assert [line["step"] for line in metrics(pathlib.Path("two"))] == [2, 4, 6, 8, 10]
     last, expected = metrics(pathlib.Path("two"))[-1], metrics(alone)[-1]
     assert last["reconstruction"] == pytest.approx(expected["reconstruction"], rel=1e-2)
-    assert newest(train_tiny(steps=11, out="two"))["step"] == 11
+    assert newest(train_tiny(steps=11, out="two", **shape))["step"] == 11
 
 
 # When things go wrong

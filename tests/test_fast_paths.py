@@ -303,7 +303,7 @@ def test_the_layer_as_it_is_makes_no_video_in_training():
 
 
 @pytest.mark.parametrize(("channels", "height", "width", "num_frames"),
-                         [(3, 64, 64, 16), (1, 32, 57, 5), (4, 48, 16, 1), (3, 20, 1100, 2)])
+                         [(3, 64, 64, 16), (1, 32, 57, 5), (4, 48, 16, 4), (3, 20, 1100, 2), (3, 16, 16, 1)])
 def test_the_convolution_without_a_video_is_that_of_the_video(channels, height, width, num_frames):
     images = torch.rand(3, channels, height, width, dtype=torch.float64, requires_grad=True)
     conv = nn.Conv2d(channels * num_frames, 2, 3, padding=1).double()

@@ -141,11 +141,11 @@ def test_gradients_of_the_penalty_alone_reach_the_critics_weights():
     assert all(p.grad.abs().sum() > 0 for name, p in critic.named_parameters() if name.endswith("weight"))
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_written_out_gradient_of_the_discriminator_gives_the_penalty_of_autograd(size):
+@pytest.mark.parametrize(("channels", "size"), [(3, (32, 32)), (3, (64, 64)), (1, (32, 56)), (4, (80, 64))])
+def test_written_out_gradient_of_the_discriminator_gives_the_penalty_of_autograd(channels, size):
     torch.manual_seed(0)
-    critic = Discriminator(image_size=size, base_channels=4).double()
-    real, fake = torch.rand(2, 4, 3, size, size, dtype=torch.float64).round(decimals=1)  # with ties in the pooling
+    critic = Discriminator(image_size=size, channels=channels, base_channels=4).double()
+    real, fake = torch.rand(2, 4, channels, *size, dtype=torch.float64).round(decimals=1)  # with ties in the pooling
     mixing = torch.rand(4, 1, 1, 1, dtype=torch.float64)
     results = []
     for input_gradient in (functools.partial(written_out_gradient, critic), None):

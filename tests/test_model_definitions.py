@@ -32,6 +32,66 @@ def test_shapes_at_every_size(size):
     assert vae.sample(3).shape == (3, 3, size, size)
 
 
+@pytest.mark.parametrize(("size", "channels"), [((64, 112), 1), ((112, 64), 4), ((32, 128), 3), ((40, 32), 4)])
+@pytest.mark.parametrize("output_layer", OUTPUT_LAYERS)
+def test_shapes_of_rectangles_and_of_one_to_four_channels(size, channels, output_layer):
+    vae = VAE(image_size=size, channels=channels, base_channels=2, latent_dim=6, output_layer=output_layer)
+    critic = Discriminator(image_size=size, channels=channels, base_channels=2)
+    images = torch.rand(2, channels, *size)
+    reconstruction, mu, _ = vae(images)
+    assert reconstruction.shape == images.shape
+    assert critic(images).shape == (2,)
+    assert min(vae.decoder[2](torch.rand(2, vae.decoder[0].out_features)).shape[2:]) == 4
+    parts = vae.decode_parts(mu)
+    if output_layer == "cnn":
+        assert parts.video.shape == (2, 16, channels, *size)
+    if output_layer != "none":
+        assert parts.alpha.shape == (2, 1, *size)
+    assert str(vae.encoder) == str(critic.blocks)
+
+
+@pytest.mark.parametrize("layer", [CNNParamTanh, StaticParamTanh])
+@pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (64, 96)), (3, (96, 96)), (4, (17, 40)), (3, (16, 200))])
+def test_an_output_layer_takes_images_of_any_size(layer, channels, size):
+    images = torch.rand(2, channels, *size, requires_grad=True)
+    after = layer(image_size=64, channels=channels)(images)
+    assert after.shape == images.shape
+    after.sum().backward()
+    assert images.grad.isfinite().all()
+
+
+def test_pooling_is_that_of_max_pool_where_16_divides_the_sides():
+    maps, cnn = torch.randn(2, 2, 64, 112), CNN()
+    assert torch.equal(cnn.pool(maps), nn.functional.max_pool2d(maps, (4, 7)))
+    assert torch.equal(cnn.pool(maps), nn.functional.adaptive_max_pool2d(maps, 16))
+    assert cnn.pool(maps[..., 1:, 1:]).shape == (2, 2, 16, 16)
+    assert cnn.pool(maps[..., 1:, 1:]).amax() == maps[..., 1:, 1:].amax()
+
+
+@pytest.mark.parametrize(("cells", "size"), [(64, 32), (48, 32), (100, 33)])
+def test_a_grid_of_alpha_finer_than_the_image_is_averaged(cells, size):
+    grid = torch.randn(2, cells, cells, dtype=torch.float64)
+    alpha, cell = alpha_map(grid, size, size), nn.functional.softplus(grid + math.log(math.expm1(3)))
+    assert alpha.mean().item() == pytest.approx(cell.mean().item(), rel=1e-12)  # no cell is passed over
+    if cells == 2 * size:
+        assert torch.allclose(alpha, nn.functional.avg_pool2d(cell[:, None], 2))
+
+
+@pytest.mark.parametrize("network", [CNNParamTanh(), StaticParamTanh(), VAE(image_size=32, base_channels=2, latent_dim=3)])
+def test_images_of_another_kind_are_refused_by_what_was_given(network):
+    network = network.encode if isinstance(network, VAE) else network
+    for images, said in ((torch.rand(2, 1, 32, 32), r"expected images of shape \(N, 3, .*, got \(2, 1, 32, 32\)"),
+                         (torch.rand(3, 32, 32), r"expected images of shape \(N, 3, .*, got \(3, 32, 32\)"),
+                         (torch.rand(2, 3, 8, 32), r"expected images of shape \(N, 3, .*, got \(2, 3, 8, 32\)"),
+                         (torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "got torch.uint8; .*images / 255"),
+                         (2 * torch.rand(2, 3, 32, 32) - 1, r"expected images in \[0, 1\], got values from -"),
+                         (255 * torch.rand(2, 3, 32, 32), r"expected images in \[0, 1\], got values from .* to 25")):
+        with pytest.raises(ValueError, match=said) as caught:
+            network(images)
+        assert "video" not in str(caught.value)
+    network(torch.rand(2, 3, 32, 32) + 1e-6)
+
+
 def test_default_batch_is_that_of_the_description():
     images = torch.rand(16, 3, 128, 128)
     video = synthetic_video(images)
@@ -103,11 +163,12 @@ def test_layer_goes_after_any_decoder_in_one_line():
     assert out.max() <= 1
 
 
-def test_gradcheck_of_the_layer():
+@pytest.mark.parametrize(("channels", "size"), [(3, (32, 32)), (1, (32, 40)), (4, (48, 32))])
+def test_gradcheck_of_the_layer(channels, size):
     torch.manual_seed(0)
-    layer = CNNParamTanh(image_size=32, num_frames=2, alpha_grid=2).double()
-    row = torch.rand(1, 3, 1, 2, dtype=torch.float64, requires_grad=True)
-    frame = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    layer = CNNParamTanh(image_size=size, channels=channels, num_frames=2, alpha_grid=2).double()
+    row = torch.rand(1, channels, 1, 2, dtype=torch.float64, requires_grad=True)
+    frame = torch.rand(1, channels, *size, dtype=torch.float64)
 
     def through(row):
         images = torch.cat([torch.cat([row, frame[..., :1, 2:]], dim=3), frame[..., 1:, :]], dim=2)
@@ -239,3 +300,55 @@ def test_reprs_show_settings_and_shapes():
                      "(N, 48, 64, 64) -> (N, 1, 64, 64)"):
         assert expected in vae
     assert "(N, 3, 32, 32) -> (N,)" in repr(Discriminator(image_size=32, base_channels=2))
+
+
+# Export, with a free batch size
+
+
+EXPORTED = {"decode": lambda: Decoder(VAE(image_size=32, base_channels=2, latent_dim=4, num_frames=3)),
+            "static": lambda: Decoder(VAE(image_size=(32, 48), channels=1, base_channels=2, latent_dim=4,
+                                          output_layer="static")),
+            "layer": lambda: CNNParamTanh(num_frames=3, channels=4)}
+
+
+class Decoder(nn.Module):
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z):
+        return self.vae.decode(z)
+
+
+def inputs(module, count):
+    return torch.rand((count, 4) if isinstance(module, Decoder) else (count, 4, 32, 48))  # ONNX has no adaptive pooling
+
+
+def free_batch():
+    return ({0: torch.export.Dim("batch", min=1, max=64)},)
+
+
+def traced(module, path):
+    return torch.jit.trace(module, inputs(module, 2), check_trace=False)
+
+
+def exported(module, path):
+    return torch.export.export(module, (inputs(module, 2),), dynamic_shapes=free_batch()).module()
+
+
+def run_by_onnx(module, path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(module, (inputs(module, 2),), path, dynamo=True, dynamic_shapes=free_batch(), verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and tracing warns that H and W are fixed
+@pytest.mark.parametrize("export", [traced, exported, run_by_onnx])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exports_take_batches_of_any_size(tmp_path, export, name):
+    module = EXPORTED[name]().requires_grad_(False).eval()
+    found = export(module, str(tmp_path / "model.onnx"))
+    for count in (1, 2, 5):
+        x = inputs(module, count)
+        torch.testing.assert_close(found(x), module(x), rtol=1e-4, atol=1e-5)

@@ -2,8 +2,20 @@ import pytest
 import torch
 from helpers import frames_in, read
 from PIL import Image, ImageSequence
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pictures import CLIP_FORMATS, SCALE_HEIGHT, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
+from pictures import (
+    CLIP_FORMATS,
+    SCALE_HEIGHT,
+    PictureError,
+    alpha_picture,
+    as_rgb,
+    enlarge,
+    grid,
+    on_white,
+    save_clip,
+    save_picture,
+)
 
 
 def test_a_picture_comes_back_rounded_and_not_wrapped_around(tmp_path):
@@ -94,3 +106,35 @@ def test_a_clip_runs_as_long_as_its_frames_at_a_rate_that_is_no_whole_number_of_
             frame.load()
             durations.append(frame.info["duration"])
     assert sum(durations) == pytest.approx(24_000 / rate, abs=10)
+
+
+def test_transparency_is_laid_on_white_and_grey_becomes_three_equal_channels():
+    image = torch.tensor([0.2, 0.4, 0.6, 0.5]).view(1, 4, 1, 1)
+    assert torch.allclose(as_rgb(image).flatten(), torch.tensor([0.6, 0.7, 0.8]))
+    assert torch.equal(on_white(image[:, :3]), image[:, :3])
+    assert as_rgb(image[:, :1]).flatten().tolist() == pytest.approx([0.2] * 3)
+    assert as_rgb(image[0]).shape == (3, 1, 1)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_pictures_and_grids_keep_their_channels(tmp_path, channels, mode):
+    images = torch.rand(3, channels, 6, 8).mul(255).round() / 255
+    save_picture(grid(images, columns=2), tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == mode
+        found = pil_to_tensor(picture) / 255
+    assert torch.allclose(found[:, 2:8, 2:10], images[0], atol=1e-6)
+
+
+def test_clips_in_formats_without_transparency_are_laid_on_white(tmp_path):
+    frames = torch.zeros(3, 4, 16, 32)
+    frames[:, 3, :, 16:] = 1  # the left half is invisible but for a corner, the right half black
+    frames[:, 3, 0, 0] = 0.5
+    for name in ("x.gif", "x.mp4", "x.webp"):
+        save_clip(frames, tmp_path / name, frames_per_second=8)
+    for name in ("x.gif", "x.mp4"):
+        shown = frames_in(tmp_path / name)
+        assert shown[..., 2:14].mean() > 0.95
+        assert shown[..., 18:30].mean() < 0.05
+    with Image.open(tmp_path / "x.webp") as picture:
+        assert picture.convert("RGBA").getextrema()[3] == (0, 255)

@@ -48,8 +48,20 @@ def test_gradient_reaches_the_image_through_every_frame_also_at_black_and_white(
             assert images.grad.abs().sum() > 0.5 * images.numel()
 
 
-def test_gradcheck():
-    images = torch.rand(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+def test_transparency_moves_with_the_colours_and_does_not_fade():
+    images = torch.rand(2, 1, 20, 32).expand(-1, 4, -1, -1)
+    video, grey = synthetic_video(images), synthetic_video(torch.ones(1, 4, 20, 32))
+    assert torch.equal(video[:, :, :3], synthetic_video(images[:, :3]))
+    assert (grey[:, :, 3] - 1).abs().max() < 1e-6
+    assert grey[:, -1, :3].max() < 1
+    moved = synthetic_video(torch.cat([images[:, :3], 1 - images[:, 3:]], dim=1))[:, :, 3:]
+    assert torch.allclose(moved, 1 - video[:, :, 3:], atol=1e-5)
+    assert (video[:, -1, 3] - images[:, 3]).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_gradcheck(channels):
+    images = torch.rand(1, channels, 5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: synthetic_video(x, 3), images)
     assert torch.autograd.gradgradcheck(lambda x: synthetic_video(x, 3).square(), images)
 
