@@ -3,6 +3,7 @@ import contextlib
 import importlib.util
 import io
 import pathlib
+import sys
 import threading
 import zlib
 from typing import NamedTuple
@@ -34,6 +35,10 @@ SIGNATURES = (
 TURNED = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}  # EXIF orientation to what turns the picture upright
+# How a file of 16 bits a channel is to be unpacked for its lower bytes: Pillow unpacks the upper bytes, of pixels in colour.
+LOWER_BYTES = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA")
+               for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))}
+LOWER_BYTES["LA;16B"] = "RGBA"  # upper and lower bytes of grey and opacity
 GREY = 8  # of 255: the largest difference of channels in a grey picture, as JPEG rounds colours
 BYTES_PER_PIXEL = 12  # at most, while a large picture is read
 ONE_LARGE_AT_A_TIME = threading.Lock()
@@ -139,23 +144,27 @@ def what_it_is(path):
 
 
 def _read(file, sides, channels, resize_mode, levels, *, large=False):
-    heic = ("HEIF",) if reads_heic() else ()
-    with Image.open(file, formats=PILLOW_FORMATS + heic) as image:
+    formats = (*PILLOW_FORMATS, "HEIF") if reads_heic() else PILLOW_FORMATS
+    with Image.open(file, formats=formats) as image:
         mode, (width, height) = image.mode, image.size
         image.draft("RGB", (2 * max(sides),) * 2)  # JPEG only: skip detail that resizing would drop
         needed, free = image.width * image.height * BYTES_PER_PIXEL, free_memory() if large else None
         if free is not None and needed > free:
             raise PassingError(f"{width} x {height} pixels need {needed:,} bytes of memory, {free:,} are free; make it "
                                "smaller")
+        tiles = image.tile
         image.load()  # before the orientation, whose errors do not count
         orientation = _orientation(image)
+        kind, lowest, highest = None, 0.0, 0.0
+        if tiles and _packing(tiles[0]) in LOWER_BYTES:
+            kind = "integer"
+            image, lowest, highest = _to_8_bit_colours(image, _lower_bytes(file, formats), levels.get(kind))
         if large:
             image = _reduced(image, sides)
         if orientation > 4:
             width, height = height, width
         if orientation in TURNED:
             image = image.transpose(TURNED[orientation])
-        kind, lowest, highest = None, 0.0, 0.0
         if image.mode.startswith(("I", "F")):
             kind = "float" if image.mode == "F" else "integer"
             image, lowest, highest = _to_8_bit(image, levels.get(kind))
@@ -203,6 +212,36 @@ def _to_8_bit(image, levels):
     black, white = levels or common_levels("float" if image.mode == "F" else "integer", lowest, highest)
     scale = 255 / (white - black)
     return image.convert("F").point(lambda value: value * scale + -black * scale).convert("L"), lowest, highest
+
+
+def _packing(tile):
+    """How the pixels of a part of a file are packed, in Pillow's words."""
+    return tile.args if isinstance(tile.args, str) else tile.args[0] if tile.args else ""
+
+
+def _lower_bytes(file, formats):
+    """Returns the lower bytes of a picture in colour of 16 bits a channel, as (C, H, W)."""
+    if hasattr(file, "seek"):
+        file.seek(0)
+    with Image.open(file, formats=formats) as image:
+        packing = _packing(image.tile[0])
+        image.tile = [tile._replace(args=LOWER_BYTES[packing] if isinstance(tile.args, str)
+                                    else (LOWER_BYTES[packing], *tile.args[1:])) for tile in image.tile]
+        pixels = pil_to_tensor(image)
+    return pixels[[1, 1, 1, 3]] if packing == "LA;16B" else pixels
+
+
+def _to_8_bit_colours(image, lower, levels):
+    """_to_8_bit for a picture in colour of 16 bits a channel, given its upper and lower bytes; opacity stays as it is."""
+    samples = 256 * pil_to_tensor(image)[:3].int() + lower[:3]
+    lowest, highest = (float(bound) for bound in samples.aminmax())
+    black, white = levels or common_levels("integer", lowest, highest)
+    if (black, white) != (0, 65535):  # for which the upper bytes are right
+        samples = ((samples - black) * (255 / (white - black))).round().clamp(0, 255).byte()
+        bands = [Image.fromarray(band.numpy()) for band in samples] + list(image.split()[3:])
+        image, info = Image.merge(image.mode, bands), image.info
+        image.info = info
+    return image, lowest, highest
 
 
 def common_levels(kind, lowest, highest):

@@ -1,5 +1,6 @@
 """Picture files of every kind: what stands beside their pixels, their depth, shape, channels and size."""
 import errno
+import functools
 import pathlib
 import struct
 import zlib
@@ -190,6 +191,52 @@ def test_samples_use_the_whole_range_whatever_theirs_is(tmp_path, name, dtype, l
     ("integer", 0, 1100, (0, 1100)), ("integer", -5, 255, (-5, 255)), ("integer", -9, -4, (-9, -4))])
 def test_levels_are_common_ranges_where_samples_are_near_one(kind, lowest, highest, levels):
     assert common_levels(kind, lowest, highest) == levels
+
+
+def png_of_16_bits(samples):
+    """A PNG file of samples (H, W, C) uint16, which Pillow cannot write in colour."""
+    height, width, channels = samples.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff_of_16_bits(samples, *, packed, big):
+    """A TIFF file of samples (H, W, C) uint16, C from 3 on."""
+    (height, width, channels), order = samples.shape, ">" if big else "<"
+    data = samples.astype(f"{order}u2").tobytes()
+    data = zlib.compress(data) if packed else data
+    tags = {256: width, 257: height, 258: None, 259: 8 if packed else 1, 262: 2, 273: None, 277: channels, 278: height,
+            279: len(data), 284: 1} | ({338: 2} if channels == 4 else {})
+    start = 8 + 2 + 12 * len(tags) + 4
+    tags[258], tags[273] = start, start + 2 * channels
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, channels if tag == 258 else 1, value) if tag != 258 else
+                       struct.pack(f"{order}HHII", tag, 3, channels, value) for tag, value in tags.items())
+    return (b"MM\0*" if big else b"II*\0") + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4) + struct.pack(
+        f"{order}{channels}H", *[16] * channels) + data
+
+
+@pytest.mark.parametrize("write", [png_of_16_bits, *(functools.partial(tiff_of_16_bits, packed=packed, big=big)
+                                                     for packed in (False, True) for big in (False, True))])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("high", [4095, 65535])
+def test_colours_of_16_bits_use_the_whole_range_too(tmp_path, write, channels, high):
+    if channels == 2 and write is not png_of_16_bits:
+        pytest.skip("no such files")
+    ramp = np.linspace(0, high, 64).astype(np.uint16)
+    samples = np.zeros((64, 64, channels), np.uint16)
+    samples[..., 0] = ramp
+    if channels > 2:
+        samples[..., 1] = ramp[:, None]
+    if channels % 2 == 0:
+        samples[..., -1] = 65535
+    (tmp_path / "x.png").write_bytes(write(samples))
+    pixels = decode_image(tmp_path / "x.png", 64).float()
+    assert torch.allclose(pixels[0, 32], torch.linspace(0, 255, 64), atol=1.5)
+    assert torch.allclose(pixels[1, :, 32] if channels > 2 else pixels[1, 32], torch.linspace(0, 255, 64), atol=1.5)
+    picture = read_picture(tmp_path / "x.png", 64, levels={"integer": (0, 65535)})
+    assert (picture.kind, picture.highest) == ("integer", high)
+    assert picture.pixels.max() == high // 256
 
 
 def test_a_set_has_one_scale_and_a_run_keeps_its_own(tmp_path):
