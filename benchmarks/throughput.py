@@ -1,6 +1,6 @@
 """How fast training is, beside the loop that people commonly write, and beside what the device could do at best.
 
-    python benchmarks/throughput.py [--data DIR] [--image-size 128] [--batch-size 16]
+    python benchmarks/throughput.py [--data DIR] [--image-size 128|128x224] [--batch-size 16]
 
 Every row of the first table is a process of its own. It takes its steps in turn with the plain loop, so that a machine that
 is busy for a while slows both, and the ratio stays.
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from demo_images import draw_demo_images
 from devices import keep_freed_memory, pick_precision
 from fast_paths import parts_without_video, written_out_gradient
 from image_data import as_float_images, batch_indices, load_images, to_device_if_it_fits
+from image_sizes import height_and_width, size_text
 from losses import critic_loss, generator_loss, gradient_penalty, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
 from wgan_gp import GAN
@@ -66,7 +68,8 @@ def plain_loop(config, measures):
     """Yields after every step of the same networks and algorithm, with the given ones of MEASURES."""
     torch.manual_seed(0)
     generator = VAE(**config.model_arguments()).to(DEVICE)
-    critic = Discriminator(image_size=config.image_size, base_channels=config.base_channels).to(DEVICE)
+    critic = Discriminator(image_size=config.image_size, channels=config.channels,
+                           base_channels=config.base_channels).to(DEVICE)
     if "pooling" not in measures:
         order = [start + layer for start in range(0, len(critic.blocks), 3) for layer in (0, 2, 1)]
         generator.encoder, critic.blocks = (nn.Sequential(*(blocks[index] for index in order))
@@ -121,8 +124,8 @@ def _descend(optimizer, loss, *, read):
 
 
 def _loaded_batches(config):
-    transform = transforms.Compose([transforms.Resize(config.image_size), transforms.CenterCrop(config.image_size),
-                                    transforms.ToTensor()])
+    sides = height_and_width(config.image_size)
+    transform = transforms.Compose([transforms.Resize(max(sides)), transforms.CenterCrop(sides), transforms.ToTensor()])
     loader = DataLoader(ImageFolder(config.data, transform), config.batch_size, shuffle=True, num_workers=WORKERS,
                         drop_last=True, persistent_workers=True)
     while True:
@@ -165,7 +168,8 @@ def floor(config, ticks):
     n = config.batch_size
     kind = {"bfloat16": torch.bfloat16, "float32": torch.float32}[pick_precision(DEVICE)]
     vae = VAE(**config.model_arguments()).to(DEVICE)
-    critic = Discriminator(image_size=config.image_size, base_channels=config.base_channels).to(DEVICE)
+    critic = Discriminator(image_size=config.image_size, channels=config.channels,
+                           base_channels=config.base_channels).to(DEVICE)
     work = {"critic": [], "encoder": [], "decoder": []}
     calls, hooks = [], []
 
@@ -182,13 +186,13 @@ def floor(config, ticks):
         for layer in (layer for module in modules for layer in module.modules()):
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 hooks.append(layer.register_forward_hook(count(name)))
-    images = torch.rand(2 * n, 3, config.image_size, config.image_size, device=DEVICE)
+    images = torch.rand(2 * n, *vae.image_shape, device=DEVICE)
     with torch.no_grad():
         critic(images)
         vae(images)
     for hook in hooks:
         hook.remove()
-    cnn = 2 * vae.output_layer.cnn.conv.weight.numel() * config.image_size**2
+    cnn = 2 * vae.output_layer.cnn.conv.weight.numel() * images[0, 0].numel()
     f = {name: sum(layers) for name, layers in work.items()}
     critic_update = f["decoder"] + cnn + 2 * (3 * f["critic"] - work["critic"][0]) + 4 * f["critic"]
     generator_update = 3 * f["encoder"] - work["encoder"][0] + 2 * 3 * (f["decoder"] + cnn) + 2 * f["critic"]
@@ -270,10 +274,11 @@ def compare(names, options, images_per_step):
 
 def scale(setting):
     """One line of the second table: steps on simulated images."""
-    size, batch, number = setting
+    size, batch, number = setting[0], *map(int, setting[1:])
+    shape = (number, 3, *height_and_width(size))
     with tempfile.NamedTemporaryFile() as file:
-        file.truncate(number * 3 * size * size)
-        images = torch.from_file(file.name, size=number * 3 * size * size, dtype=torch.uint8).view(number, 3, size, size)
+        file.truncate(math.prod(shape))
+        images = torch.from_file(file.name, size=math.prod(shape), dtype=torch.uint8).view(shape)
         keep_freed_memory()
         config = Config(data="simulated", image_size=size, batch_size=batch, precision=pick_precision(DEVICE))
         gan = GAN(config, DEVICE)
@@ -290,7 +295,7 @@ def scale(setting):
             times.append((time.perf_counter() - started) / STEPS)
         memory = torch.cuda.max_memory_allocated() - images.is_cuda * images.nbytes if CUDA else _anonymous_memory()
         seconds = statistics.median(times[3:])
-        print(f"{size:4} px{batch:9}{number:12,}{1e3 * seconds:9.0f} ms{batch / seconds:10.1f}{memory / 2**30:7.2f} GiB",
+        print(f"{size:>7} px{batch:9}{number:12,}{1e3 * seconds:9.0f} ms{batch / seconds:10.1f}{memory / 2**30:7.2f} GiB",
               flush=True)
 
 
@@ -342,21 +347,21 @@ def run_row(name, config):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="an ImageFolder; not given: small drawings")
-    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--image-size", default="128", metavar="PIXELS|HxW")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     given = parser.parse_args()
     size, batch = given.image_size, given.batch_size
     if given.row and given.row.startswith("scale"):
-        scale([int(number) for number in given.row.split(",")[1:]])
+        scale(given.row.split(",")[1:])
     elif given.row:
         run_row(given.row, _config(given.data, size, batch, given.work, given.row))
     else:
         with tempfile.TemporaryDirectory() as work:
             data = given.data or str(draw_demo_images(pathlib.Path(work) / "images", 600))
             run_all(_config(data, size, batch, work, "none"),
-                    ["--data", data, "--image-size", str(size), "--batch-size", str(batch), "--work", work])
+                    ["--data", data, "--image-size", size, "--batch-size", str(batch), "--work", work])
 
 
 def _config(data, size, batch, work, row):
@@ -370,7 +375,7 @@ def run_all(config, options):
     number = len(load_images(config.data, size, cache_dir=config.cache_dir).images)
     device = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
     print(f"{number} images decoded in {time.perf_counter() - started:.1f} s; {device}, torch {torch.__version__}, "
-          f"{size} px, batch {batch}\n")
+          f"{size_text(size)} px, batch {batch}\n")
     input_pipelines(config)
     print()
     left_out = {"processes": CUDA and torch.cuda.device_count() < 2, "off": not CUDA,
@@ -383,10 +388,10 @@ floor: {work / 1e9:.0f} GFLOP in convolutions and matrix products a step, at the
 convolutions reach alone. As shipped takes {above:.2f} times that, and {above * fastest / rate:.2f} times what it would be
 at the {fastest / 1e9:.0f} GFLOP/s of the fastest of them.
 """)
-    print(f"{'size':>7}{'batch':>9}{'images':>12}{'per step':>12}{'images/s':>10}{'memory':>11}")
-    sizes = [(size, 16, 1_000) for size in (32, 64, 128, 256)]
-    batches = [(64, batch, 1_000) for batch in (64, 256)]
-    sets = [(32, 16, number) for number in (10_000, 100_000, 1_000_000)]
+    print(f"{'size':>10}{'batch':>9}{'images':>12}{'per step':>12}{'images/s':>10}{'memory':>11}")
+    sizes = [(size, 16, 1_000) for size in ("32", "64", "64x112", "128", "256", "512")]
+    batches = [("64", batch, 1_000) for batch in (64, 256)]
+    sets = [("32", 16, number) for number in (10_000, 100_000, 1_000_000)]
     for setting in [*sizes, *batches, *sets]:
         subprocess.run([sys.executable, __file__, "--row", ",".join(map(str, ("scale", *setting)))], check=True)
 
