@@ -25,6 +25,7 @@ from image_files import (
     READS_HEIC,
     DataError,
     PassingError,
+    are_grey,
     common_levels,
     decode_image,
     read_picture,
@@ -38,6 +39,7 @@ from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_f
 __all__ = ["DataError", "ImageSet", "as_image_set", "batch_indices", "decode_folder", "decode_image", "find_images",
            "load_images"]
 CACHE_VERSION = 3
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 CHUNK = 512  # images decoded between two writes to the cache
 
 
@@ -140,9 +142,9 @@ def _walk(found):
 
 def passed_over_text(passed_over):
     """Returns ImageSet.passed_over as text, and what would read the pictures among it."""
-    parts = [f"{count} {kind}" + (f" ({READS_HEIC})" if kind in HEIC_EXTENSIONS else "")
-             for kind, count in sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))]
-    return ", ".join(parts)
+    advice = dict.fromkeys(HEIC_EXTENSIONS, f" ({READS_HEIC})") | dict.fromkeys(ARCHIVES, " (unpack it)")
+    kinds = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}{advice.get(kind, '')}" for kind, count in kinds)
 
 
 def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, resize_mode="crop", levels=None):
@@ -396,11 +398,14 @@ def as_image_set(data, name):
                         f"{images.dtype} {tuple(images.shape)}{advice}")
     if not len(images):
         raise DataError("data: there are no images in it")
-    digest = hashlib.blake2b(repr(tuple(images.shape)).encode(), digest_size=8)
+    digest, num_grey, num_transparent = hashlib.blake2b(repr(tuple(images.shape)).encode(), digest_size=8), 0, 0
     for part in images.split(CHUNK):
         digest.update(part.cpu().contiguous().numpy())
+        num_grey += are_grey(part).sum().item()
+        num_transparent += (part[:, 3:] < 255).flatten(1).any(dim=1).sum().item()
     digest = digest.hexdigest()
-    data = data if isinstance(data, ImageSet) else ImageSet(images, name, {"": len(images)}, {})
+    if not isinstance(data, ImageSet):
+        data = ImageSet(images, name, {"": len(images)}, {}, num_grey=num_grey, num_transparent=num_transparent)
     return data._replace(images=images, digest=digest), f"{name} ({digest})"
 
 

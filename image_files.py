@@ -175,9 +175,13 @@ def _read(file, sides, channels, resize_mode, levels, *, large=False):
         pixels = pil_to_tensor(_resized(_with_channels(image, channels), *sides, resize_mode)).contiguous()
     if channels == 4:
         pixels[:3].masked_fill_(pixels[3:] == 0, 255)
-    colours = pixels[:3].aminmax(dim=0)
-    grey = bool((colours.max - colours.min).max() <= GREY)
-    return Picture(pixels, width, height, mode, grey, transparent, kind, lowest, highest)
+    return Picture(pixels, width, height, mode, are_grey(pixels[None]).item(), transparent, kind, lowest, highest)
+
+
+def are_grey(images):
+    """Returns which of uint8 images (N, C, H, W) have no colours, as (N,) bool."""
+    darkest, brightest = images[:, :3].aminmax(dim=1)
+    return (brightest - darkest).amax(dim=(1, 2)) <= GREY
 
 
 def _orientation(image):

@@ -276,7 +276,7 @@ class VAE(nn.Module):
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"expected z of shape {_shape((self.latent_dim,))}, got {tuple(z.shape)}")
         # In half precision the sigmoid would have fewer levels near white than an 8-bit picture.
-        before = torch.sigmoid(_at_least_float32(self.decoder(z.to(self.mu.weight.dtype))))
+        before = torch.sigmoid(_at_least_float32(self.decoder(z.to(self.decoder[-1].weight.dtype))))
         if self.output_layer is None:
             return Decoded(before, None, None, before)
         return Decoded(before, *self.output_layer.parts(before))
@@ -295,7 +295,7 @@ class VAE(nn.Module):
 
         The noise is drawn on the device of `generator`, so that a CPU generator gives the same pictures everywhere.
         """
-        return self.decode(_randn((num, self.latent_dim), like=self.mu.weight, generator=generator))
+        return self.decode(_randn((num, self.latent_dim), like=self.decoder[-1].weight, generator=generator))
 
 
 class Discriminator(nn.Module):

@@ -59,7 +59,8 @@ def find_run(config, *, name, folder):
         if state is None:
             state = load_checkpoint(config.resume)
             if not state["critic"]:
-                raise CheckpointError(f"--resume: {config.resume} holds a generator alone, which cannot be trained further")
+                raise CheckpointError(f"--resume: {config.resume} holds a generator alone, which cannot be trained further; "
+                                      "the checkpoints of a run folder can")
         elif state["config"].get("resume") != config.resume:
             raise RunFolderError(f"--resume: {out} already holds a run; name a new folder with --out")
     return out, checkpoints, state

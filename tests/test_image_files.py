@@ -349,6 +349,10 @@ def test_an_archive_given_as_the_folder_is_to_be_unpacked(tmp_path, data):
     (tmp_path / "set.bin").write_bytes(data)
     with pytest.raises(DataError, match="set.bin is a .* archive: unpack it"):
         find_images(tmp_path / "set.bin")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set.bin").rename(tmp_path / "set" / "a.ZIP")
+    with pytest.raises(DataError, match="It holds 1 .zip .unpack it."):
+        find_images(tmp_path / "set")
 
 
 def test_a_fault_that_may_pass_is_tried_again_and_others_are_kept(image_folder, monkeypatch):

@@ -352,3 +352,12 @@ def test_exports_take_batches_of_any_size(tmp_path, export, name):
     for count in (1, 2, 5):
         x = inputs(module, count)
         torch.testing.assert_close(found(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.ao
+def test_a_generator_with_quantized_linear_layers_draws():
+    vae = VAE(image_size=32, base_channels=2, latent_dim=4).requires_grad_(False).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(vae, {nn.Linear})
+    noise = torch.randn(3, 4)
+    assert (quantized.decode(noise) - vae.decode(noise)).abs().max() < 0.05
+    assert quantized.sample(2).shape == (2, 3, 32, 32)

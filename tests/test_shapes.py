@@ -97,13 +97,20 @@ def test_other_images_of_the_same_number_are_reported(train_tiny, image_folder, 
     assert "warning: the images are not those that the run had before" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 32, 40), (5, 4, 48, 32)])
-def test_images_in_memory_of_any_shape_are_trained_on_and_found_again(shape):
+@pytest.mark.parametrize(("shape", "said"), [
+    ((5, 1, 32, 40), None), ((5, 4, 48, 32), None), ((5, 3, 32, 32), "every image is grey"),
+    ((5, 4, 32, 64), "no image has transparency")])
+def test_images_in_memory_of_any_shape_are_trained_on_and_found_again(shape, said, capfd):
     images = torch.randint(256, shape, dtype=torch.uint8)
+    if said:
+        images[:, :3], images[:, 3:] = images[:, :1], 255
     for steps in (1, 2):
         config = Config(**{"data": "mine", "steps": steps, **TINY})
         assert training.train(config, data=images) == pathlib.Path("runs/mine")
     assert load_generator("runs/mine").image_shape == shape[1:]
+    notes = [line for line in capfd.readouterr().out.splitlines() if line.startswith("note")]
+    assert len(notes) == (2 if said else 0)
+    assert all(said in line for line in notes)
 
 
 # What the version before wrote: tests/files holds a run of three steps, its end after five, and an exported generator.
