@@ -20,6 +20,7 @@ from synthetic_video import frame_matrices, synthetic_video
 
 SAME = 1e-6  # largest relative difference between two forms of one computation in float64
 SAME_UPDATE = {"float32": 1e-3, "bfloat16": 5e-2}  # the same for whole updates; bfloat16 rounds to 0.4%
+LARGEST_COMPARED = 128  # pixels a side at which layers are compared; the matrices of larger images take long to make
 BLOCK_PIXELS = 1024  # of each frame at a time, so that they stay in the cache
 GRAPH_WARM_UPS = 3  # runs before a capture, so that libraries have chosen their algorithms and reserved their memory
 
@@ -91,7 +92,8 @@ def _compare_penalties(critic, shape):
 def _compare_layers(layer):
     """Returns alpha and images by parts_without_video and by the layer, and gradients for its input and its parameters."""
     layer = _moved_copy(layer).requires_grad_()
-    shape = 2, *layer.cnn.video_shape[1:]
+    channels, *sides = layer.cnn.video_shape[1:]
+    shape = 2, channels, *(min(side, LARGEST_COMPARED) for side in sides)
     images = torch.rand(shape, dtype=torch.float64, generator=random_generator("fast paths", "layer")).requires_grad_()
     results = []
     for parts in (functools.partial(parts_without_video, layer), layer.parts):
