@@ -27,7 +27,6 @@ from image_files import (
     PassingError,
     are_grey,
     common_levels,
-    decode_image,
     read_picture,
     reads_heic,
     what_it_is,
@@ -36,8 +35,6 @@ from image_sizes import CHANNELS, size_text
 from randomness import random_generator
 from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
 
-__all__ = ["DataError", "ImageSet", "as_image_set", "batch_indices", "decode_folder", "decode_image", "find_images",
-           "load_images"]
 CACHE_VERSION = 3
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 CHUNK = 512  # images decoded between two writes to the cache

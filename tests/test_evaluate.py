@@ -11,7 +11,8 @@ import evaluate
 from checkpointing import load_generator, save_checkpoint
 from demo_images import SHAPES, draw_shape
 from evaluate import Options, alarms
-from image_data import decode_image, load_images
+from image_data import load_images
+from image_files import decode_image
 from model_definitions import VAE
 
 

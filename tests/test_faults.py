@@ -20,7 +20,8 @@ from PIL import Image
 import run_log
 import training
 from checkpointing import list_checkpoints, load_newest
-from image_data import DataError, decode_image, load_images
+from image_data import load_images
+from image_files import DataError, decode_image
 from resuming import RunFolderError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
