@@ -104,10 +104,13 @@ def settings_for_file(settings):
 def settings_of_file(settings):
     """Returns a dict of settings as it was before settings_for_file; older files hold image_size itself, and no channels."""
     settings = dict(settings)
-    with contextlib.suppress(KeyError, ValueError):  # of a damaged file, whose settings will not fit
-        settings["image_size"] = plain_size((settings["image_height"], settings["image_width"]))
-        del settings["image_height"], settings["image_width"]
-    return {"channels": 3, **settings} if "image_size" in settings else settings
+    if {"image_height", "image_width"} & settings.keys():
+        settings["image_size"] = settings.pop("image_height", None), settings.pop("image_width", None)
+    if "image_size" in settings:
+        settings = {"channels": 3, **settings}
+        with contextlib.suppress(ValueError):  # an impossible size is refused by who uses it
+            settings["image_size"] = plain_size(settings["image_size"])
+    return settings
 
 
 def _file_form(state):
@@ -122,18 +125,25 @@ def preparation_for_file(resize_mode, levels):
 
 
 def preparation_of_file(preparation):
-    """Returns the resize_mode and levels of preparation_for_file; of an older checkpoint "crop", and {} for unknown."""
+    """Returns the resize_mode and levels of preparation_for_file.
+
+    Older checkpoints do not say: they cropped and took 65535 as white, but scaled floating-point samples file by file.
+    """
+    if not preparation:
+        return {"resize_mode": "crop", "levels": {"integer": (0.0, 65535.0)}}
     levels = {kind: (preparation[f"{kind}_black"], preparation[f"{kind}_white"])
               for kind in SAMPLES if f"{kind}_black" in preparation}
-    return {"resize_mode": preparation.get("resize_mode", "crop"), "levels": levels}
+    return {"resize_mode": preparation["resize_mode"], "levels": levels}
 
 
 def _check_archive(path):
     """Raises unless a zip archive is whole and no larger unpacked than packed; torch.load itself compares no checksums."""
     with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("compressed")
-        if any(entry.filename.endswith("data.pkl") and entry.file_size > LARGEST_OUTLINE for entry in archive.infolist()):
+        # torch finds the entry in capital letters too.
+        if any(entry.filename.lower().endswith("data.pkl") and entry.file_size > LARGEST_OUTLINE for entry in entries):
             raise ValueError("complicated")
         if archive.testzip():
             raise ValueError("damaged")
@@ -170,7 +180,7 @@ def _fault(state):
         fits = preparation["resize_mode"] in RESIZE_MODES and all(
             type(black) is type(white) is float and -math.inf < black < white < math.inf
             for black, white in preparation["levels"].values())
-        fits &= state["preparation"].keys() in ({}.keys(), preparation_for_file(**preparation).keys())
+        fits &= not state["preparation"] or state["preparation"].keys() == preparation_for_file(**preparation).keys()
     except (KeyError, TypeError):
         fits = False
     if not fits:
@@ -239,8 +249,8 @@ def load_generator(path, *, report=print):
     """Returns the averaged VAE of a checkpoint, or of the newest one of a run folder.
 
     It is on the CPU, in evaluation mode and without gradients. Its attribute `preparation` holds the arguments with which
-    image_files.decode_image prepares a picture as its training images were. Loading is safe on a file from someone you do
-    not trust.
+    image_files.decode_image prepares a picture as its training images were; see preparation_of_file. Loading is safe on a
+    file from someone you do not trust.
 
     Args:
         path: a checkpoint or a run folder; "~" is the home directory.

@@ -46,6 +46,8 @@ def say_what_would_suit(data, channels):
 
 
 def _advice(num_images, num_grey, num_transparent, levels, channels):
+    if not num_images:
+        return
     if channels == 3 and num_grey == num_images:
         yield "note: every image is grey; --channels 1 trains faster, without colour casts"
     if channels == 3 and num_transparent >= MANY * num_images:
@@ -68,8 +70,9 @@ def report(folder, config, files):
     for facts in good:
         first.setdefault(facts.digest, facts.name)
     height, width = height_and_width(config.image_size)
+    enlarged = all if config.resize_mode == "pad" else any
     small = [f"{facts.name}: {facts.width} x {facts.height}" for facts in good
-             if facts.width < width or facts.height < height]
+             if enlarged((facts.width < width, facts.height < height))]
     same = [f"{facts.name}: as {first[facts.digest]}" for facts in good if facts.name != first[facts.digest]]
     lines = [
         f"{folder}: {len(files)} images, {len(files) - len(good)} of them cannot be read",

@@ -50,6 +50,7 @@ class ImageSet(NamedTuple):
     passed_over: dict = {}  # kind of what is no image that can be read, or is in a hidden folder, to their number
     classes: tuple = ()  # the class folder of each image; () where there is no folder
     digest: str = ""  # differs for other images
+    resize_mode: str = "crop"  # see image_files.decode_image
     levels: dict = {}  # see image_files.decode_image; {} where no image has more than 8 bits
     num_grey: int = 0  # images without colours, where C is 3 or 4
     num_transparent: int = 0  # images with transparent parts
@@ -174,7 +175,7 @@ def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, re
         pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *cache.shape)
     return ImageSet(images, found.folder, Counter(facts["classes"]), bad, found.passed_over, tuple(facts["classes"]),
-                    facts["digest"], facts["levels"], facts["num_grey"], facts["num_transparent"])
+                    facts["digest"], resize_mode, facts["levels"], facts["num_grey"], facts["num_transparent"])
 
 
 def decode_folder(folder, image_size, *, cache_dir, channels=3, resize_mode="crop"):
@@ -220,7 +221,7 @@ class _Cache:
         height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
         self.shape, self.levels = (channels, height, width), levels or {}
         self.how = {"channels": channels, "resize_mode": resize_mode}
-        key = json.dumps([CACHE_VERSION, self.shape, resize_mode, self.levels, reads_heic(), str(self.found.folder),
+        key = json.dumps([CACHE_VERSION, self.shape, resize_mode, reads_heic(), str(self.found.folder),
                           [(str(path.relative_to(self.found.folder)), *_size_and_time(path)) for path in self.found.paths]])
         key = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).hexdigest()
         self.path = pathlib.Path(cache_dir) / f"{self.found.folder.name[:40]}-{size_text(image_size)}px-{key}.uint8"
@@ -229,15 +230,18 @@ class _Cache:
         """Returns what is known about the images; None where there is no cache."""
         try:
             facts = json.loads(self.path.with_suffix(".json").read_text())
-            whole = self.path.stat().st_size == len(facts["classes"]) * _num_bytes(self.shape)
+            whole = self.path.stat().st_size == len(facts["classes"]) * _num_bytes(self.shape) and "levels" in facts
         except (KeyError, OSError, RecursionError, TypeError, ValueError):
             return None
         return facts if whole else None
 
     def usable_facts(self, skip_bad):
-        """Returns facts(), but None where a file has to be tried again: unless skipped all, else those that may read now."""
+        """Returns facts(), but None where other levels are wanted, or a file that cannot be read is to be tried again.
+
+        Unless skipped, all of those are tried again; where they are skipped, only those whose fault may have passed.
+        """
         facts = self.facts()
-        if not facts or facts["bad"] and not skip_bad:
+        if not facts or facts["bad"] and not skip_bad or self._levels(facts["common_levels"]) != facts["levels"]:
             return None
         passing = [path for path in self.found.paths if _name(path, self.found.folder) in facts["passing"]]
         return None if any(not self._read(path, self.levels)[0].fault for path in passing) else facts
@@ -272,16 +276,21 @@ class _Cache:
                     files.append(facts)
                     file.write(pixels)
                     progress.update()
-            levels, place = common_levels_of(files) | self.levels, 0
+            common, place = common_levels_of(files), 0
+            levels = self._levels(common)
             for index, (path, facts) in enumerate(zip(paths, files, strict=True)):
                 own = common_levels(facts.kind, facts.lowest, facts.highest)
-                if facts.kind and facts.kind not in self.levels and own != levels[facts.kind]:
+                if facts.kind and facts.kind not in self.levels and list(own) != levels[facts.kind]:
                     files[index], pixels = self._read(path, levels)
                     file.seek(place)
                     file.write(pixels)
                 place += 0 if facts.fault else size
-        self._write_facts(files, levels)
+        self._write_facts(files, common, levels)
         return files
+
+    def _levels(self, common):
+        """Returns the levels of the kinds of samples that the set has: those asked for, else the common ones."""
+        return {kind: list(self.levels.get(kind, levels)) for kind, levels in common.items()}
 
     def _read(self, path, levels):
         """Returns the FileFacts and the bytes of the pixels of a file."""
@@ -295,13 +304,13 @@ class _Cache:
         digest = hashlib.blake2b(pixels, digest_size=16).hexdigest()
         return FileFacts(name, None, False, width, height, mode, digest, *others), pixels
 
-    def _write_facts(self, files, levels):
+    def _write_facts(self, files, common, levels):
         good = [facts for facts in files if not facts.fault]
         classes = [(*pathlib.PurePath(facts.name).parts[:-1], "")[0] for facts in good]
         digest = hashlib.blake2b(repr([self.shape, [facts.digest for facts in good]]).encode(), digest_size=16).hexdigest()
         facts = {"bad": {facts.name: facts.fault for facts in files if facts.fault},
                  "passing": [facts.name for facts in files if facts.passing], "classes": classes, "digest": digest,
-                 "levels": levels, "num_grey": sum(facts.grey for facts in good),
+                 "common_levels": common, "levels": levels, "num_grey": sum(facts.grey for facts in good),
                  "num_transparent": sum(facts.transparent for facts in good)}
         with atomic_write(self.path.with_suffix(".json")) as file:
             file.write(json.dumps(facts).encode())

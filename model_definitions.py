@@ -28,6 +28,7 @@ WIDEST = 8  # no layer has more than this many times base_channels
 INITIAL_ALPHA = 3.0  # tanh(3) = 0.995, so the first images can already be nearly white
 CNN_FILTERS = 2
 CNN_MAP = 16  # height and width of the map that the CNN's Linear layer takes
+LARGEST_VIDEO = 2**28  # T * W * W: numbers in the matrices that make a video, 1 GiB
 ROUNDING = 1e-3  # by which images may leave [0, 1]
 LOGVAR_RANGE = (-10.0, 6.0)  # standard deviations from 0.007 (almost no noise) to 20 (almost only noise)
 
@@ -85,6 +86,8 @@ class CNN(nn.Module):
     def __init__(self, *, image_size=128, channels=3, num_frames=16, alpha_grid=16):
         super().__init__()
         self.video_shape = (num_frames, *_layer_shape(image_size, channels, alpha_grid))
+        if not 1 <= num_frames <= LARGEST_VIDEO // max(self.video_shape[2:]) ** 2:
+            raise ValueError(f"num_frames must be from 1 to {LARGEST_VIDEO} / (longer side)^2, got {num_frames}")
         self.alpha_grid = alpha_grid
         self.conv = nn.Conv2d(num_frames * channels, CNN_FILTERS, 3, padding=1)
         self.linear = nn.Linear(CNN_FILTERS * CNN_MAP**2, alpha_grid**2)
@@ -347,17 +350,17 @@ def _network_shapes(image_size, channels, base_channels):
 
 def _layer_shape(image_size, channels, alpha_grid):
     """Returns (C, H, W)."""
-    height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    if min(height, width) < CNN_MAP:
-        raise ValueError(f"image_size must be at least {CNN_MAP}, got {image_size}")
+    sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(sides) != 2 or not all(hasattr(side, "__index__") and side >= CNN_MAP for side in sides):
+        raise ValueError(f"image_size must be at least {CNN_MAP}, or (H, W) of such, got {image_size!r}")
     _check_channels(channels)
     if alpha_grid < 1:
         raise ValueError(f"alpha_grid must be at least 1, got {alpha_grid}")
-    return channels, height, width
+    return channels, *sides
 
 
 def _check_channels(channels):
-    if channels not in CHANNELS:
+    if channels not in CHANNELS or isinstance(channels, bool | float):
         raise ValueError(f"channels must be one of {', '.join(map(str, CHANNELS))}, got {channels}")
 
 
@@ -415,7 +418,10 @@ def _check_images(images, channels, height=None, width=None):
 def _check_range(images):
     """Raises ValueError where images on a CPU leave [0, 1]; elsewhere looking would make the CPU wait for the device."""
     if images.is_cpu and images.numel() and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-        low, high = (bound.item() for bound in images.detach().aminmax())
+        try:
+            low, high = (bound.item() for bound in images.detach().aminmax())
+        except RuntimeError:  # inside a transform of torch.func, such as vmap, there are no numbers to look at
+            return
         if -math.inf < low < -ROUNDING or 1 + ROUNDING < high < math.inf:  # training reports infinity and NaN, with its step
             raise ValueError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}")
 

@@ -46,7 +46,7 @@ def enlarge(images, size, *, smooth):
     """Returns images (N, C, H, W) with their width changed to `size`: bicubic if smooth, else each pixel repeated."""
     if size == images.shape[-1]:
         return images
-    to = (round(images.shape[-2] * size / images.shape[-1]), size)
+    to = (max(1, round(images.shape[-2] * size / images.shape[-1])), size)
     if smooth:
         return F.interpolate(images, to, mode="bicubic", antialias=True).clamp(*images.aminmax())
     return F.interpolate(images, to, mode="nearest-exact")

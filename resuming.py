@@ -24,7 +24,7 @@ from checkpointing import (
 from config import option_name
 from console import say
 from devices import pick_precision
-from image_sizes import size_text
+from image_sizes import plain_size, size_text
 from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
 
 RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's config.json has all of them
@@ -104,8 +104,9 @@ def _saved_config(folder):
     """Returns the config of the run in a folder, from a checkpoint where config.json is lost; {} where there is no run."""
     try:
         saved = settings_of_file(json.loads((folder / "config.json").read_text()))
+        plain_size(saved["image_size"])
         return saved if saved.keys() >= RUN_KEYS else {}
-    except (AttributeError, OSError, RecursionError, TypeError, ValueError):
+    except (KeyError, OSError, RecursionError, TypeError, ValueError):
         with contextlib.suppress(CheckpointError):
             state = load_newest(folder / "checkpoints", report=lambda line: None)
             return state["config"] if state else {}
@@ -150,8 +151,9 @@ def resolve_settings(config, state, device):
 
 def known_levels(config, state):
     """Returns the levels (see image_files.decode_image) of a run that goes on with its own images, {} for another one."""
-    same = state and state["config"].get("data") == config.data
-    return preparation_of_file(state["preparation"])["levels"] if same else {}
+    if not state or state["config"].get("data") != config.data:
+        return {}
+    return preparation_of_file(state["preparation"])["levels"]
 
 
 @contextlib.contextmanager

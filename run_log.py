@@ -88,7 +88,7 @@ class RunLog:
         say_what_would_suit(data, config.channels)
         if len(data.images) != self.num_images_before:
             say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
-        elif self.set_before not in ("", data.digest):
+        elif self.set_before not in ("", data.digest) or self.step and not self.set_before and "float" in data.levels:
             say("warning: the images are not those that the run had before, or prepared in another way")
         if self.threads_before and self.threads and self.threads != self.threads_before:
             say(f"warning: the run had {self.threads_before} threads, has {self.threads} from here on (OMP_NUM_THREADS sets "
@@ -252,7 +252,7 @@ class RunLog:
         return {"images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
                 "threads": self.threads, "config": dataclasses.asdict(self.config),
                 "model_arguments": self.config.model_arguments(), "pending_metrics": pending,
-                "preparation": preparation_for_file(self.config.resize_mode, self.data.levels),
+                "preparation": preparation_for_file(self.data.resize_mode, self.data.levels),
                 "image_set": self.data.digest}
 
     def finish(self):

@@ -261,7 +261,10 @@ def test_a_generator_comes_from_a_file_or_from_the_newest_in_a_run_folder(tmp_pa
     ({"image_size": 100}, "image_size must be one of"),
     ({"latent_dim": 9}, "expected torch.float32 of shape"),
     ({"base_channels": 10**6}, "expected torch.float32 of shape"),  # and no memory was taken for it
-    ({"num_frames": 10**9}, "expected torch.float32 of shape"),
+    ({"num_frames": 10**9}, "num_frames must be from 1 to"),
+    ({"num_frames": 0}, "num_frames must be from 1 to"),
+    ({"num_frames": 4_000, "image_size": (512, 2048)}, "num_frames must be from 1 to"),
+    ({"image_size": None, "image_height": 33, "image_width": 44}, "image_size must be one of .* got 33x44"),
     ({"base_channels": "2"}, "model_arguments"),
     ({"output_layer": "os.system"}, "output_layer"),
     ({"device": "cuda"}, "device"),

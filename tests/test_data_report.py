@@ -62,3 +62,31 @@ def test_long_lists_are_cut_with_their_length(tmp_path, capfd):
     assert "smaller than 32 px, enlarged: 30\n  00.png: 8 x 8\n" in said
     assert "  and 10 more\n" in said
     assert "class: no class (30)" in said
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_nothing_is_advised_about_a_folder_in_which_nothing_can_be_read(tmp_path, capfd, channels):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").write_text("x")
+    assert training.main(["--data", str(tmp_path / "set"), *tiny_arguments(channels=channels), "--check-data"]) == 2
+    assert "note" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("crop", 1), ("pad", 0), ("stretch", 1)])
+def test_an_image_is_enlarged_where_its_resize_mode_enlarges_it(tmp_path, capfd, mode, expected):
+    save_picture(tmp_path / "set" / "long.png", size=(300, 20))
+    training.main(["--data", str(tmp_path / "set"), *tiny_arguments(resize_mode=mode), "--check-data"])
+    assert ("enlarged: 1" in capfd.readouterr().out) == bool(expected)
+
+
+def test_it_says_what_channels_and_what_size_would_suit(tmp_path, capfd):
+    for index in range(4):
+        save_picture(tmp_path / "set" / f"{index}.png", "LA", size=(64, 36), color=(60 * index, 128))
+    notes = {3: ["note: every image is grey; --channels 1 trains faster, without colour casts",
+                 "note: 4 of 4 images have transparency, laid on white; --channels 4 keeps it"], 4: [], 1: []}
+    for channels, expected in notes.items():
+        assert training.main(["--data", str(tmp_path / "set"), *tiny_arguments(channels=channels), "--check-data"]) == 0
+        out = capfd.readouterr().out
+        assert "crop cuts off 44% of an image on average, at most 44%; pad adds 78%" in out
+        assert "note: --image-size 32x56 would cut off 2% on average" in out
+        assert [line for line in out.splitlines() if "--channels" in line] == expected

@@ -250,9 +250,13 @@ def test_a_set_has_one_scale_and_a_run_keeps_its_own(tmp_path):
         brightest = data.images.amax(dim=(1, 2, 3)).tolist()  # 0.png, 1.png, 2.png, f.tiff, plain.png
         assert brightest == pytest.approx([255 * 300 / 4095, 255 * 1_200 / 4095, 255 * 4_000 / 4095, 255, 9], abs=1)
         assert data.levels == {"integer": [0, 4095], "float": [0, 1]}
+    again = load_images(tmp_path / "set", 64, cache_dir="cache", levels={"integer": (0.0, 4095.0), "float": [0, 1]})
+    assert torch.equal(again.images, data.images)
+    assert len(list(pathlib.Path("cache").glob("*.uint8"))) == 1
     kept = load_images(tmp_path / "set", 64, cache_dir="cache", levels={"integer": (0.0, 65535.0)})
     assert kept.images[2].max() <= 16
     assert kept.images[3].max() == 255
+    assert torch.equal(load_images(tmp_path / "set", 64, cache_dir="cache").images, data.images)
 
 
 def test_samples_that_are_no_numbers_are_black(tmp_path):

@@ -259,11 +259,15 @@ def test_impossible_arguments_are_refused_with_what_would_do():
         VAE(output_layer="tanh")
     with pytest.raises(ValueError, match="alpha_grid must be at least 1, got 0"):
         CNNParamTanh(alpha_grid=0)
-    with pytest.raises(ValueError, match="image_size must be at least 16, got 8"):
-        CNNParamTanh(image_size=8)
-    for network in (VAE, Discriminator, CNN, CNNParamTanh, StaticParamTanh):
-        with pytest.raises(ValueError, match="channels must be one of 1, 3, 4, got 2"):
-            network(channels=2)
+    for size in (8, (64, 8), "64", (3, 64, 64), 32.0):
+        with pytest.raises(ValueError, match="image_size must be at least 16, or .H, W. of such, got"):
+            CNNParamTanh(image_size=size)
+    for channels in (2, True, 3.0):
+        for network in (VAE, Discriminator, CNN, CNNParamTanh, StaticParamTanh):
+            with pytest.raises(ValueError, match=f"channels must be one of 1, 3, 4, got {channels}"):
+                network(channels=channels)
+    with pytest.raises(ValueError, match="num_frames must be from 1 to .*, got 0"):
+        VAE(num_frames=0)
     with pytest.raises(ValueError, match="base_channels must be at least 1"):
         Discriminator(base_channels=0)
 
@@ -361,3 +365,18 @@ def test_a_generator_with_quantized_linear_layers_draws():
     noise = torch.randn(3, 4)
     assert (quantized.decode(noise) - vae.decode(noise)).abs().max() < 0.05
     assert quantized.sample(2).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("network", [CNNParamTanh(num_frames=2), StaticParamTanh()])
+def test_an_output_layer_can_be_transformed_by_torch_func(network):
+    images = torch.rand(3, 3, 20, 32)
+    assert torch.allclose(torch.func.vmap(lambda image: network(image[None])[0])(images), network(images), atol=1e-6)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(network, parameters, (image[None],)).sum()
+
+    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, images)
+    network(images).sum().backward()
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)

@@ -64,6 +64,11 @@ def test_enlarging_repeats_pixels_or_smooths_them():
     assert torch.equal(enlarge(image, 8, smooth=True), image)
 
 
+def test_a_picture_can_be_made_as_small_as_a_pixel():
+    assert enlarge(torch.rand(1, 3, 32, 128), 1, smooth=True).shape == (1, 3, 1, 1)
+    assert enlarge(torch.rand(1, 3, 32, 128), 2, smooth=False).shape == (1, 3, 1, 2)
+
+
 def test_a_grid_has_rows_of_so_many_columns():
     picture = grid(torch.stack([torch.full((3, 4, 4), value) for value in (0.1, 0.2, 0.3)]), columns=2)
     assert picture.shape == (3, 14, 14)

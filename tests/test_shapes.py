@@ -80,6 +80,22 @@ def test_a_generator_prepares_photos_as_its_images_were(train_tiny, image_folder
     assert changed.digest != data.digest
 
 
+def test_an_image_set_in_memory_keeps_how_it_was_prepared(image_folder):
+    data = load_images(image_folder, (32, 48), cache_dir="cache", channels=1, resize_mode="pad")
+    run = training.train(Config(**{"data": "mine", "steps": 1, **TINY}), data=data)
+    assert load_generator(run).preparation == {"channels": 1, "resize_mode": "pad", "levels": {}}
+
+
+@pytest.mark.parametrize("size", [[40, 32], "40x32", None, "no size", 33])
+def test_a_run_is_found_whose_settings_were_edited_by_hand(train_tiny, size):
+    run = train_tiny(steps=1, image_size=(40, 32))
+    config = json.loads((run / "config.json").read_text())
+    del config["image_height"], config["image_width"]
+    (run / "config.json").write_text(json.dumps(config | ({"image_size": size} if size else {})))
+    assert train_tiny(steps=2, image_size=(40, 32)) == run
+    assert newest(run)["step"] == 2
+
+
 def test_files_hold_a_size_as_two_numbers(train_tiny):
     run = train_tiny(steps=1, image_size=(32, 48))
     config = json.loads((run / "config.json").read_text())
@@ -163,7 +179,19 @@ def test_an_older_run_of_a_folder_is_found_by_the_same_command(capfd):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "warned"), [("uint16", False), ("float32", True)])
+def test_an_older_run_keeps_the_scale_it_had_or_says_that_it_has_changed(capfd, dtype, warned):
+    pathlib.Path("deep").mkdir()
+    for index, image in enumerate(old_images()):
+        Image.fromarray((4 * image[2]).numpy().astype(dtype)).save(f"deep/{index}.{'png' if dtype == 'uint16' else 'tiff'}")
+    copy_old_run(pathlib.Path("runs/deep"), data=str(pathlib.Path("deep").resolve()))
+    training.train(Config(data="deep", **OLD))
+    assert ("warning: the images are not those" in capfd.readouterr().out) == warned
+    if not warned:
+        assert load_generator("runs/deep").preparation["levels"] == {"integer": (0, 65535)}
+
+
 def test_an_older_exported_generator_draws(capfd):
     vae = load_generator(FILES / "generator.pt")
-    assert vae.preparation == {"channels": 3, "resize_mode": "crop", "levels": {}}
+    assert vae.preparation == {"channels": 3, "resize_mode": "crop", "levels": {"integer": (0, 65535)}}
     assert generate.main([str(FILES / "generator.pt"), "--grid"]) == 0
