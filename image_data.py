@@ -43,7 +43,7 @@ CHUNK = 512  # images decoded between two writes to the cache
 class ImageSet(NamedTuple):
     """Decoded images, and what decoding them has shown."""
 
-    images: torch.Tensor  # (M, C, H, W) uint8; those of a folder are memory-mapped: read it, do not write to it
+    images: torch.Tensor  # (M, C, H, W) uint8; those of a folder are memory-mapped, and writing to them ends the process
     folder: pathlib.Path | str  # a name, where there is no folder
     class_counts: dict  # name of the first folder below `folder` ("" for the folder itself) to number of images
     skipped: dict  # name of a file or folder that cannot be read, below `folder`, to the reason
@@ -123,7 +123,8 @@ def _walk(found):
     Yields the path and the names of the files of each folder.
     """
     def closed(error):
-        found.closed[os.path.relpath(error.filename, found.folder)] = f"cannot be entered: {error.strerror}"
+        name = os.path.relpath(error.filename, found.folder).replace("\n", "\\n")
+        found.closed[name] = f"cannot be entered: {error.strerror}"
 
     entered = set()
     for parent, folders, files in os.walk(found.folder, followlinks=True, onerror=closed):
@@ -172,8 +173,11 @@ def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, re
     found, bad = cache.found, facts["bad"] | cache.found.closed
     check_readable(found, facts["bad"], skip_bad=skip_bad)
     with open(cache.path, "rb") as file:
-        pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *cache.shape)
+        # Read-only: a private copy would count against the memory in full.
+        pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it must not be written to
+        images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *cache.shape)
     return ImageSet(images, found.folder, Counter(facts["classes"]), bad, found.passed_over, tuple(facts["classes"]),
                     facts["digest"], resize_mode, facts["levels"], facts["num_grey"], facts["num_transparent"])
 
@@ -328,14 +332,6 @@ def common_levels_of(files):
         those = [facts for facts in files if facts.kind == kind]
         levels[kind] = common_levels(kind, min(facts.lowest for facts in those), max(facts.highest for facts in those))
     return levels
-
-
-def _can_be_read(path):
-    try:
-        path.read_bytes()
-    except OSError:
-        return False
-    return True
 
 
 def _size_and_time(path):

@@ -9,7 +9,7 @@ import zlib
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from devices import free_memory
@@ -36,12 +36,16 @@ TURNED = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: 
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}  # EXIF orientation to what turns the picture upright
 # How a file of 16 bits a channel is to be unpacked for its lower bytes: Pillow unpacks the upper bytes, of pixels in colour.
-LOWER_BYTES = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA")
+LOWER_BYTES = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBX", "RGBA")
                for order, other in (("B", "L"), ("L", "B"), ("N", "B" if sys.byteorder == "little" else "L"))}
 LOWER_BYTES["LA;16B"] = "RGBA"  # upper and lower bytes of grey and opacity
+INTEGER_LEVELS = (255, 1023, 4095, 16383, 65535)  # the highest samples of 8, 10, 12, 14 and 16 bits
 GREY = 8  # of 255: the largest difference of channels in a grey picture, as JPEG rounds colours
-BYTES_PER_PIXEL = 12  # at most, while a large picture is read
+LARGE = 2**25  # pixels; larger pictures are read one at a time, if they fit into memory
+HUGE = 2**27  # pixels; larger pictures are averaged over small blocks before anything else
+BYTES_PER_PIXEL, BYTES_PER_DEEP_PIXEL = 24, 48  # at most, while a large picture is read; deep: of more than 8 bits
 ONE_LARGE_AT_A_TIME = threading.Lock()
+TIFF_TAGS = {"bits": 258, "compression": 259, "photometric": 262, "planar": 284, "format": 339}
 
 
 class DataError(ValueError):
@@ -95,28 +99,46 @@ def read_picture(path, image_size, *, channels=3, resize_mode="crop", levels=Non
     try:
         if not path.is_file():
             raise DataError("not a file" if path.exists() else "a broken link" if path.is_symlink() else "no such file")
-        try:
-            return _read(path, *arguments)
-        except Image.DecompressionBombError:
-            with ONE_LARGE_AT_A_TIME:
-                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-                try:
-                    return _read(path, *arguments, large=True)
-                finally:
-                    Image.MAX_IMAGE_PIXELS = limit
-        except Exception as error:
-            alone = None if isinstance(error, DataError) else _without_metadata(path)
-            if alone:
-                with contextlib.suppress(Exception):  # of the two errors, the first one says more
-                    return _read(alone, *arguments)
-            raise
+        with NO_PIXEL_LIMIT:
+            try:
+                return _read(path, *arguments)
+            except Exception as error:
+                alone = None if isinstance(error, DataError) else _without_metadata(path)
+                if alone:
+                    with contextlib.suppress(Exception):  # of the two errors, the first one says more
+                        return _read(alone, *arguments)
+                raise
     except DataError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers do
         if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
             raise PassingError(getattr(error, "strerror", None) or "not enough memory") from None
         reason = str(error).replace(repr(str(path)), "").strip(" :") or type(error).__name__
+        if isinstance(error, UnidentifiedImageError) and _first_bytes(path)[:4] in (b"II*\0", b"MM\0*"):
+            reason = "a TIFF picture of a kind that is not read here"
         raise DataError(what_it_is(path) or " ".join(reason.split())) from None
+
+
+class _NoPixelLimit:
+    """Lifts Pillow's limit on the size of pictures while any thread is inside; _read has one of its own."""
+
+    def __init__(self):
+        self.lock, self.inside = threading.Lock(), 0
+
+    def __enter__(self):
+        with self.lock:
+            if not self.inside:
+                self.limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self.inside += 1
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                Image.MAX_IMAGE_PIXELS = self.limit
+
+
+NO_PIXEL_LIMIT = _NoPixelLimit()
 
 
 def reads_heic():
@@ -130,11 +152,7 @@ def reads_heic():
 
 def what_it_is(path):
     """Returns what a file that is not read is by its first bytes, None where they say nothing."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError:
-        return None
+    head = _first_bytes(path)
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"):
         return None if reads_heic() else f"a HEIC picture; {READS_HEIC}"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -143,31 +161,44 @@ def what_it_is(path):
     return found and f"{found}, which is not read here"
 
 
-def _read(file, sides, channels, resize_mode, levels, *, large=False):
+def _first_bytes(path):
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(512)
+    return b""
+
+
+def _read(file, sides, channels, resize_mode, levels):
     formats = (*PILLOW_FORMATS, "HEIF") if reads_heic() else PILLOW_FORMATS
-    with Image.open(file, formats=formats) as image:
+    with contextlib.ExitStack() as held:
+        image = held.enter_context(Image.open(file, formats=formats))
         mode, (width, height) = image.mode, image.size
         image.draft("RGB", (2 * max(sides),) * 2)  # JPEG only: skip detail that resizing would drop
-        needed, free = image.width * image.height * BYTES_PER_PIXEL, free_memory() if large else None
-        if free is not None and needed > free:
-            raise PassingError(f"{width} x {height} pixels need {needed:,} bytes of memory, {free:,} are free; make it "
-                               "smaller")
-        tiles = image.tile
+        num_pixels, tiles, factor = image.width * image.height, image.tile, 1
+        deep = image.mode.startswith(("I", "F")) or tiles and _packing(tiles[0]) in LOWER_BYTES
+        if num_pixels > LARGE:
+            held.enter_context(ONE_LARGE_AT_A_TIME)
+            needed, free = num_pixels * (BYTES_PER_DEEP_PIXEL if deep else BYTES_PER_PIXEL), free_memory()
+            if free is not None and needed > free:
+                raise PassingError(f"{width} x {height} pixels need {needed:,} bytes of memory, {free:,} are free; make it "
+                                   "smaller")
+        if num_pixels > HUGE:
+            factor = max(1, min(image.size) // (2 * max(sides)))
+        tags = _tiff_tags(image)
         image.load()  # before the orientation, whose errors do not count
         orientation = _orientation(image)
         kind, lowest, highest = None, 0.0, 0.0
-        if tiles and _packing(tiles[0]) in LOWER_BYTES:
-            kind = "integer"
-            image, lowest, highest = _to_8_bit_colours(image, _lower_bytes(file, formats), levels.get(kind))
-        if large:
-            image = _reduced(image, sides)
+        if deep:
+            kind = "float" if image.mode == "F" else "integer"
+            if image.mode.startswith(("I", "F")):
+                image, lowest, highest = _to_8_bit(image, levels.get(kind), factor, tags)
+            else:
+                image, lowest, highest = _to_8_bit_colours(image, _lower_bytes(file, formats), levels.get(kind), factor)
+        elif factor > 1:
+            image = _reduced(image, factor)
         if orientation > 4:
             width, height = height, width
         if orientation in TURNED:
             image = image.transpose(TURNED[orientation])
-        if image.mode.startswith(("I", "F")):
-            kind = "float" if image.mode == "F" else "integer"
-            image, lowest, highest = _to_8_bit(image, levels.get(kind))
         transparent = image.has_transparency_data
         if transparent:
             image = image.convert("RGBA")
@@ -176,6 +207,25 @@ def _read(file, sides, channels, resize_mode, levels, *, large=False):
     if channels == 4:
         pixels[:3].masked_fill_(pixels[3:] == 0, 255)
     return Picture(pixels, width, height, mode, are_grey(pixels[None]).item(), transparent, kind, lowest, highest)
+
+
+def _tiff_tags(image):
+    """Returns how the samples of a TIFF file are stored, {} for other files; refuses what Pillow would read wrongly."""
+    if image.format != "TIFF":
+        return {}
+    first = {name: image.tag_v2.get(tag) for name, tag in TIFF_TAGS.items()}
+    tags = {name: value[0] if isinstance(value, tuple) else value for name, value in first.items()}
+    bits, signed = tags["bits"] or 1, tags["format"] in (2, 3)
+    fault = None
+    if bits > 8 and tags["planar"] == 2 and image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+        fault = f"colours of {bits} bits in separate planes"
+    elif image.tag_v2.prefix == b"MM" and tags["compression"] != 1 and bits > 8 and (signed or bits > 16):
+        fault = f"compressed big-endian samples of {bits} bits"
+    elif bits == 8 and signed:
+        fault = "signed samples of 8 bits"
+    if fault:
+        raise DataError(f"a TIFF picture of {fault}, which is not read here")
+    return tags
 
 
 def are_grey(images):
@@ -194,28 +244,38 @@ def _orientation(image):
     return value if value in TURNED else 1
 
 
-def _reduced(image, sides):
-    """Averages small blocks of pixels of a large picture, so that what follows needs less memory."""
-    factor = min(image.size) // (2 * max(sides))
-    if factor < 2 or image.mode.startswith(("I", "F")):
-        return image
-    if image.mode in ("1", "P", "PA"):
+def _reduced(image, factor):
+    """Averages blocks of pixels of a large picture, so that what follows needs less memory."""
+    if image.has_transparency_data or image.mode in ("1", "P", "PA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     return image.reduce(factor)
 
 
-def _to_8_bit(image, levels):
-    """Returns a picture of mode L, and the lowest and highest sample; samples that are not finite become black."""
-    samples = pil_to_tensor(image.convert("F"))
+def _to_8_bit(image, levels, factor, tags):
+    """Returns a picture of mode L or LA, and its lowest and highest sample. What is not finite becomes the lowest."""
+    key = image.info.pop("transparency", None)  # of the samples as they are in the file
+    kind = "float" if image.mode == "F" else "integer"
+    samples = pil_to_tensor(image.convert("F"))[0]
+    if tags.get("bits") == 32 and tags.get("format") in (None, 1):
+        samples[samples < 0] += 2**32  # Pillow takes unsigned samples for signed ones
+    visible = Image.fromarray((samples != key).to(torch.uint8).mul(255).numpy()) if key is not None else None
     finite = samples.isfinite()
     if not finite.any():
         raise DataError("none of its samples is a finite number")
     lowest, highest = (bound.item() for bound in samples[finite].aminmax())
     if not finite.all():
-        image = Image.fromarray(torch.where(finite, samples, lowest)[0].numpy())
-    black, white = levels or common_levels("float" if image.mode == "F" else "integer", lowest, highest)
+        samples = torch.where(finite, samples, lowest)
+    image = _scaled(Image.fromarray(samples.numpy()), levels or common_levels(kind, lowest, highest), factor)
+    if tags.get("photometric") == 0:
+        image = ImageOps.invert(image)
+    return image if visible is None else Image.merge("LA", (image, visible.reduce(factor))), lowest, highest
+
+
+def _scaled(samples, levels, factor):
+    """Returns a picture of mode F as one of mode L, reduced by a factor."""
+    black, white = levels
     scale = 255 / (white - black)
-    return image.convert("F").point(lambda value: value * scale + -black * scale).convert("L"), lowest, highest
+    return samples.reduce(factor).point(lambda value: value * scale + -black * scale).convert("L")
 
 
 def _packing(tile):
@@ -224,28 +284,32 @@ def _packing(tile):
 
 
 def _lower_bytes(file, formats):
-    """Returns the lower bytes of a picture in colour of 16 bits a channel, as (C, H, W)."""
+    """Returns the lower bytes of a picture in colour of 16 bits a channel, as pictures of mode L."""
     if hasattr(file, "seek"):
         file.seek(0)
     with Image.open(file, formats=formats) as image:
         packing = _packing(image.tile[0])
         image.tile = [tile._replace(args=LOWER_BYTES[packing] if isinstance(tile.args, str)
                                     else (LOWER_BYTES[packing], *tile.args[1:])) for tile in image.tile]
-        pixels = pil_to_tensor(image)
-    return pixels[[1, 1, 1, 3]] if packing == "LA;16B" else pixels
+        bands = image.split()
+    return [bands[index] for index in (1, 1, 1, 3)] if packing == "LA;16B" else bands
 
 
-def _to_8_bit_colours(image, lower, levels):
-    """_to_8_bit for a picture in colour of 16 bits a channel, given its upper and lower bytes; opacity stays as it is."""
-    samples = 256 * pil_to_tensor(image)[:3].int() + lower[:3]
-    lowest, highest = (float(bound) for bound in samples.aminmax())
-    black, white = levels or common_levels("integer", lowest, highest)
-    if (black, white) != (0, 65535):  # for which the upper bytes are right
-        samples = ((samples - black) * (255 / (white - black))).round().clamp(0, 255).byte()
-        bands = [Image.fromarray(band.numpy()) for band in samples] + list(image.split()[3:])
-        image, info = Image.merge(image.mode, bands), image.info
-        image.info = info
-    return image, lowest, highest
+def _to_8_bit_colours(image, lower, levels, factor):
+    """_to_8_bit for a picture in colour of 16 bits a channel, given its lower bytes; it holds the upper ones."""
+    key, uppers = image.info.pop("transparency", None), image.split()
+    bands = [Image.fromarray((256 * pil_to_tensor(upper)[0].float() + pil_to_tensor(low)[0]).numpy())
+             for upper, low in zip(uppers, lower, strict=True)]
+    lows, highs = zip(*(band.getextrema() for band in bands), strict=True)
+    lowest, highest = min(lows[:3]), max(highs[:3])
+    levels = 3 * [tuple(levels or common_levels("integer", lowest, highest))]
+    levels += [(0, next(level for level in INTEGER_LEVELS if level >= high)) for high in highs[3:]]  # opacity has its own
+    scaled = [upper.reduce(factor) if pair == (0, 65535) else _scaled(band, pair, factor)  # for which the upper bytes do
+              for upper, band, pair in zip(uppers, bands, levels, strict=True)]
+    if key is not None:
+        same = torch.stack([pil_to_tensor(band)[0] == value for band, value in zip(bands, key, strict=True)])
+        scaled.append(Image.fromarray((~same.all(dim=0)).to(torch.uint8).mul(255).numpy()).reduce(factor))
+    return Image.merge("RGBA" if len(scaled) == 4 else "RGB", scaled), lowest, highest
 
 
 def common_levels(kind, lowest, highest):
@@ -259,7 +323,7 @@ def common_levels(kind, lowest, highest):
         kind: "integer" or "float".
         lowest, highest: samples.
     """
-    ranges, beyond = ((1, 255, 65535), 1.25) if kind == "float" else ((255, 1023, 4095, 16383, 65535), 1)
+    ranges, beyond = ((1, 255, 65535), 1.25) if kind == "float" else (INTEGER_LEVELS, 1)
     white = next((level for level in ranges if highest / beyond <= level <= 1.25 * highest), highest)
     black = min(lowest, 0)
     if kind == "float" and -0.1 * white < black:
@@ -309,7 +373,8 @@ def _without_metadata(path):
         while data[place:place + 1] == b"\xff" and data[place + 1:place + 2] != b"\xda":  # to the start of the scan
             end = place + 2 + int.from_bytes(data[place + 2:place + 4], "big")
             marker = data[place + 1]
-            if not (0xe0 <= marker <= 0xef or marker == 0xfe) or marker == 0xee:  # APP14 tells how colours are coded
+            # Adobe's APP14 tells how colours are coded.
+            if not (0xe0 <= marker <= 0xef or marker == 0xfe) or data[place + 4:place + 9] == b"Adobe" and end - place >= 16:
                 kept += data[place:end]
             place = end
         kept += data[place:]

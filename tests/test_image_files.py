@@ -3,7 +3,9 @@ import errno
 import functools
 import pathlib
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -201,22 +203,56 @@ def png_of_16_bits(samples):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def tiff_of_16_bits(samples, *, packed, big):
-    """A TIFF file of samples (H, W, C) uint16, C from 3 on."""
-    (height, width, channels), order = samples.shape, ">" if big else "<"
-    data = samples.astype(f"{order}u2").tobytes()
+def tiff(samples, *, big=False, packed=False, **tags):
+    """A TIFF file of samples (H, W, C) or (H, W); other tags by their names in TIFF_TAGS."""
+    order, channels = ">" if big else "<", samples.shape[2] if samples.ndim == 3 else 1
+    data = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
     data = zlib.compress(data) if packed else data
-    tags = {256: width, 257: height, 258: None, 259: 8 if packed else 1, 262: 2, 273: None, 277: channels, 278: height,
-            279: len(data), 284: 1} | ({338: 2} if channels == 4 else {})
-    start = 8 + 2 + 12 * len(tags) + 4
-    tags[258], tags[273] = start, start + 2 * channels
-    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, channels if tag == 258 else 1, value) if tag != 258 else
-                       struct.pack(f"{order}HHII", tag, 3, channels, value) for tag, value in tags.items())
-    return (b"MM\0*" if big else b"II*\0") + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4) + struct.pack(
-        f"{order}{channels}H", *[16] * channels) + data
+    values = {256: samples.shape[1], 257: samples.shape[0], 258: None, 259: 8 if packed else 1,
+              262: 2 if channels > 2 else 1, 273: None, 277: channels, 278: samples.shape[0], 279: len(data), 284: 1,
+              339: {"u": 1, "i": 2, "f": 3}[samples.dtype.kind]} | ({338: 2} if channels == 4 else {})
+    values |= {image_files.TIFF_TAGS[name]: value for name, value in tags.items()}
+    start = 8 + 2 + 12 * len(values) + 4
+    values[273] = start + 2 * channels
+    bits = struct.pack(f"{order}{channels}H", *[8 * samples.dtype.itemsize] * channels)
+    entries = b"".join(struct.pack(f"{order}HHI", tag, 4, 1) + struct.pack(f"{order}I", value) if tag != 258 else
+                       struct.pack(f"{order}HHI", tag, 3, channels) + (
+                           bits.ljust(4, b"\0") if channels < 3 else struct.pack(f"{order}I", start))
+                       for tag, value in sorted(values.items(), key=lambda item: item[0]))
+    return (b"MM\0*" if big else b"II*\0") + struct.pack(f"{order}IH", 8, len(values)) + entries + bytes(4) + bits + data
 
 
-@pytest.mark.parametrize("write", [png_of_16_bits, *(functools.partial(tiff_of_16_bits, packed=packed, big=big)
+RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
+
+
+@pytest.mark.parametrize("samples", [(4095 * RAMP).astype(np.uint16), (2047 * RAMP - 1024).astype(np.int16),
+                                     (4e9 * RAMP).astype(np.uint32), (2047 * RAMP - 1024).astype(np.int32),
+                                     RAMP.astype(np.float32)], ids=lambda samples: str(samples.dtype))
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("big", [False, True])
+def test_grey_tiffs_are_read_rightly_or_refused_by_name(tmp_path, samples, packed, big):
+    (tmp_path / "x.tiff").write_bytes(tiff(samples, packed=packed, big=big))
+    if big and (packed and samples.dtype != np.uint16 or samples.dtype == np.uint32):
+        with pytest.raises(DataError, match="a TIFF picture of .* not read here"):
+            decode_image(tmp_path / "x.tiff", 64)
+    else:
+        row = decode_image(tmp_path / "x.tiff", 64)[0, 32].float()
+        assert torch.allclose(row, torch.linspace(0, 255, 64), atol=2)
+
+
+def test_other_odd_tiffs_are_read_rightly_or_refused_by_name(tmp_path):
+    path = tmp_path / "x.tiff"
+    path.write_bytes(tiff((65535 * RAMP).astype(np.uint16), photometric=0))  # 0 is white
+    assert torch.allclose(decode_image(path, 64)[0, 32].float(), torch.linspace(255, 0, 64), atol=2)
+    planes = tiff(np.zeros((64, 64, 3), np.uint16), planar=2)
+    for data, said in ((tiff((200 * RAMP - 100).astype(np.int8)), "signed samples of 8 bits"),
+                       (tiff(RAMP.astype(np.float64)), "a kind"), (planes, "colours of 16 bits in separate planes")):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"a TIFF picture of {said}.* not read here"):
+            decode_image(path, 64)
+
+
+@pytest.mark.parametrize("write", [png_of_16_bits, *(functools.partial(tiff, packed=packed, big=big)
                                                      for packed in (False, True) for big in (False, True))])
 @pytest.mark.parametrize("channels", [2, 3, 4])
 @pytest.mark.parametrize("high", [4095, 65535])
@@ -259,7 +295,50 @@ def test_a_set_has_one_scale_and_a_run_keeps_its_own(tmp_path):
     assert torch.equal(load_images(tmp_path / "set", 64, cache_dir="cache").images, data.images)
 
 
-def test_samples_that_are_no_numbers_are_black(tmp_path):
+def test_transparency_of_16_bit_samples_is_that_of_their_key(tmp_path):
+    for channels in (1, 3):
+        samples = np.full((64, 64, channels), 40_000, np.uint16)
+        samples[:, 32:] = 40_001  # the same upper byte
+        data = png_of_16_bits(samples)
+        key = chunk(b"tRNS", struct.pack(">H", 40_000) * channels)
+        (tmp_path / "x.png").write_bytes(data[:33] + key + data[33:])
+        pixels = decode_image(tmp_path / "x.png", 32, channels=4, levels={"integer": (0, 65535)})
+        assert (pixels[3, :, :12] == 0).all()
+        assert (pixels[3, :, 20:] == 255).all()
+        assert pixels[0, 16, 24] == pytest.approx(40_000 / 257, abs=1)
+
+
+def test_opacity_of_16_bits_has_a_range_of_its_own(tmp_path):
+    samples = np.full((64, 64, 4), 4095, np.uint16)
+    samples[:, 32:, :3] = 0
+    (tmp_path / "x.png").write_bytes(png_of_16_bits(samples))
+    pixels = decode_image(tmp_path / "x.png", 32, channels=4)
+    assert colour(pixels, 16, 4) == [255, 255, 255, 255]
+    assert colour(pixels, 16, 28) == [0, 0, 0, 255]
+
+
+@pytest.mark.parametrize("number", [3, 8])
+def test_large_scans_are_read_one_at_a_time_by_all_threads(tmp_path, monkeypatch, number):
+    for index in range(number):
+        save_picture(tmp_path / f"{index}.png", size=(400, 300))
+    inside, most, load = [], [], Image.Image.reduce
+
+    def watched(image, factor):
+        inside.append(image)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.remove(image)
+        return load(image, factor)
+
+    monkeypatch.setattr(image_files, "LARGE", 1_000)
+    monkeypatch.setattr(image_files, "HUGE", 1_000)
+    monkeypatch.setattr(Image.Image, "reduce", watched)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda path: read_picture(path, 32), sorted(tmp_path.glob("*.png"))))
+    assert (max(most), len(most)) == (1, number)
+
+
+def test_samples_that_are_not_finite_become_the_lowest(tmp_path):
     samples = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
     samples[0, 0], samples[63, 63] = np.nan, np.inf
     Image.fromarray(samples).save(tmp_path / "x.tiff")
@@ -272,22 +351,32 @@ def test_samples_that_are_no_numbers_are_black(tmp_path):
 
 
 def test_a_scan_larger_than_pillow_allows_is_read_where_it_fits_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # refused from 2,000 pixels on
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # Pillow refuses from 2,000 pixels on
+    black = Image.new("RGB", (200, 100), "black")
+    black.paste((255, 200, 0), (0, 0, 100, 100))
+    black.info["transparency"] = (0, 0, 0)
     large = Image.new("RGB", (200, 100), "red")
     large.paste("blue", (0, 0, 200, 50))
     glass = Image.new("RGBA", (200, 100), (0, 0, 0, 0))
     for name, image in (("x.png", large), ("x.bmp", large), ("p.png", large.convert("P")), ("1.png", large.convert("1")),
-                        ("x.jpg", large), ("g.png", glass), ("i.png", Image.new("I;16", (200, 100), 60_000))):
+                        ("x.jpg", large), ("g.png", glass), ("k.png", black),
+                        ("i.png", Image.new("I;16", (200, 100), 60_000))):
         image.save(tmp_path / name)
-        plain = read_picture(tmp_path / name, (16, 32))
-        with monkeypatch.context() as raised:
-            raised.setattr(Image, "MAX_IMAGE_PIXELS", None)
-            expected = read_picture(tmp_path / name, (16, 32))
-        assert (plain.pixels.float() - expected.pixels.float()).abs().mean() < 4
-        assert plain[1:] == expected[1:]
+        expected = read_picture(tmp_path / name, (16, 32), channels=4)
+        with monkeypatch.context() as lowered:
+            lowered.setattr(image_files, "HUGE", 1_000)
+            found = read_picture(tmp_path / name, (16, 32), channels=4)
+        assert (found.pixels.float() - expected.pixels.float()).abs().mean() < 4
+        assert found[1:] == expected[1:]
         assert Image.MAX_IMAGE_PIXELS == 1_000
-    monkeypatch.setattr(image_files, "free_memory", lambda: 200_000)
-    with pytest.raises(DataError, match="200 x 100 pixels need 240,000 bytes of memory, 200,000 are free"):
+    samples = np.tile(np.linspace(0, 4000, 200)[:, None].astype(np.uint16), (100, 1, 3))
+    (tmp_path / "deep.png").write_bytes(png_of_16_bits(samples))
+    monkeypatch.setattr(image_files, "HUGE", 1_000)
+    monkeypatch.setattr(image_files, "LARGE", 1_000)
+    ramp = decode_image(tmp_path / "deep.png", (16, 32)).float()
+    assert torch.allclose(ramp[0, 8], torch.linspace(0, 255 * 4000 / 4095, 32), atol=6)
+    monkeypatch.setattr(image_files, "free_memory", lambda: 400_000)
+    with pytest.raises(DataError, match="200 x 100 pixels need 480,000 bytes of memory, 400,000 are free"):
         decode_image(tmp_path / "x.png", 16)
     assert Image.MAX_IMAGE_PIXELS == 1_000
 
