@@ -80,7 +80,7 @@ class RunLog:
         generator, critic = (sum(p.numel() for p in network.parameters()) for network in networks)
         classes = f" in {len(data.class_counts)} classes" if len(data.class_counts) > 1 else ""
         say(f"data    {data.folder}: {len(data.images)} images{classes}, "
-            f"{size_text(config.image_size)} px{'' if config.channels == 3 else f', {config.channels} channels'}\n"
+            f"{size_text(config.image_size)} px{ {1: ', grey', 3: '', 4: ', with transparency'}[config.channels]}\n"
             f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
             f"{config.precision} on {self.gan.device}\n"
             f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
@@ -264,6 +264,8 @@ class RunLog:
                 self.save()
             if not self.is_due(self.config.sample_every):
                 self.draw_samples()
+            elif self.is_rank_zero:
+                draw_curves(self.out)  # with the line just written
         again = "the same command without --fresh" if self.config.fresh else "the same command"
         if self.step == self.total_steps:
             say(f"done: {self.step} steps; look at {self.out / 'samples' / f'step_{self.step:07d}.png'}")

@@ -744,6 +744,13 @@ def test_fewer_steps_than_a_line_of_the_log_leave_one_and_a_resumed_run_writes_i
     assert metrics(train_tiny(steps=5, log_every=50)) == metrics(train_tiny(steps=5, log_every=50, out="straight"))
 
 
+def test_curves_hold_the_last_line_also_where_the_last_step_draws_samples(train_tiny, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run_log, "draw_curves", lambda out: drawn.append(len(run_log.read_metrics(out))))
+    run = train_tiny(steps=3, sample_every=3, log_every=2)
+    assert drawn[-1] == len(metrics(run)) == 2
+
+
 def test_no_curves_are_drawn_of_nothing(tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.delitem(sys.modules, name)
