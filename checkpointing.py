@@ -266,6 +266,11 @@ def load_generator(path, *, report=print):
     return vae.requires_grad_(False).eval()
 
 
+def preparation_of(vae):
+    """Returns the arguments of image_files.decode_image for a VAE: as load_generator says, else its channels alone."""
+    return getattr(vae, "preparation", {"channels": vae.image_shape[0]})
+
+
 def export_generator(source, path, *, report=print):
     """Writes the averaged VAE of a checkpoint, or of the newest one of a run folder, as save_generator; returns its path.
 

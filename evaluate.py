@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 import image_metrics
-from checkpointing import CheckpointError, load_generator
+from checkpointing import CheckpointError, load_generator, preparation_of
 from config import DEVICES, Settings, add_options, missing_package, option, source_and_options
 from console import print_error, program_output, say
 from devices import DeviceError, limit_threads, pick_device
@@ -96,9 +96,8 @@ def evaluate(vae, options):
 
 def _load(folder, vae, options):
     """Returns the images of a folder, prepared as those that the VAE was trained on."""
-    preparation = getattr(vae, "preparation", {"channels": vae.image_shape[0]})  # load_generator sets it
     return load_images(folder, vae.image_shape[1:], cache_dir=options.cache_dir, skip_bad=options.skip_bad,
-                       **preparation).images
+                       **preparation_of(vae)).images
 
 
 def alarms(metrics):

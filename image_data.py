@@ -31,7 +31,7 @@ from image_files import (
     reads_heic,
     what_it_is,
 )
-from image_sizes import CHANNELS, size_text
+from image_sizes import CHANNELS, as_pair, size_text
 from randomness import random_generator
 from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
 
@@ -123,8 +123,7 @@ def _walk(found):
     Yields the path and the names of the files of each folder.
     """
     def closed(error):
-        name = os.path.relpath(error.filename, found.folder).replace("\n", "\\n")
-        found.closed[name] = f"cannot be entered: {error.strerror}"
+        found.closed[_name(error.filename, found.folder)] = f"cannot be entered: {error.strerror}"
 
     entered = set()
     for parent, folders, files in os.walk(found.folder, followlinks=True, onerror=closed):
@@ -207,8 +206,8 @@ def check_readable(found, bad, *, skip_bad):
 
 
 def _name(path, folder):
-    """The name of a file below a folder, on one line."""
-    return str(path.relative_to(folder)).replace("\n", "\\n")
+    """The name of what is below a folder, on one line."""
+    return os.path.relpath(path, folder).replace("\n", "\\n")
 
 
 class _Cache:
@@ -222,8 +221,7 @@ class _Cache:
 
     def __init__(self, folder, image_size, cache_dir, channels, resize_mode, levels):
         self.found = _find(folder)
-        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-        self.shape, self.levels = (channels, height, width), levels or {}
+        self.shape, self.levels = (channels, *as_pair(image_size)), levels or {}
         self.how = {"channels": channels, "resize_mode": resize_mode}
         key = json.dumps([CACHE_VERSION, self.shape, resize_mode, reads_heic(), str(self.found.folder),
                           [(str(path.relative_to(self.found.folder)), *_size_and_time(path)) for path in self.found.paths]])
@@ -247,8 +245,9 @@ class _Cache:
         facts = self.facts()
         if not facts or facts["bad"] and not skip_bad or self._levels(facts["common_levels"]) != facts["levels"]:
             return None
-        passing = [path for path in self.found.paths if _name(path, self.found.folder) in facts["passing"]]
-        return None if any(not self._read(path, self.levels)[0].fault for path in passing) else facts
+        passing = set(facts["passing"])
+        paths = [path for path in self.found.paths if _name(path, self.found.folder) in passing] if passing else []
+        return None if any(not self._read(path, self.levels)[0].fault for path in paths) else facts
 
     @contextlib.contextmanager
     def held(self):

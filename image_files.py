@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from devices import free_memory
-from image_sizes import CHANNELS, RESIZE_MODES
+from image_sizes import CHANNELS, RESIZE_MODES, as_pair
 
 HEIC_EXTENSIONS = (".heic", ".heif", ".hif")
 EXTENSIONS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
@@ -94,8 +94,7 @@ def read_picture(path, image_size, *, channels=3, resize_mode="crop", levels=Non
     """Returns the Picture of a file. Arguments and errors as for decode_image."""
     if channels not in CHANNELS or resize_mode not in RESIZE_MODES:
         raise ValueError(f"expected channels in {CHANNELS} and resize_mode in {RESIZE_MODES}, got {channels}, {resize_mode}")
-    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    path, arguments = pathlib.Path(path), (sides, channels, resize_mode, levels or {})
+    path, arguments = pathlib.Path(path), (as_pair(image_size), channels, resize_mode, levels or {})
     try:
         if not path.is_file():
             raise DataError("not a file" if path.exists() else "a broken link" if path.is_symlink() else "no such file")
@@ -190,7 +189,7 @@ def _read(file, sides, channels, resize_mode, levels):
         if deep:
             kind = "float" if image.mode == "F" else "integer"
             if image.mode.startswith(("I", "F")):
-                image, lowest, highest = _to_8_bit(image, levels.get(kind), factor, tags)
+                image, lowest, highest = _to_8_bit(image, kind, levels.get(kind), factor, tags)
             else:
                 image, lowest, highest = _to_8_bit_colours(image, _lower_bytes(file, formats), levels.get(kind), factor)
         elif factor > 1:
@@ -251,10 +250,9 @@ def _reduced(image, factor):
     return image.reduce(factor)
 
 
-def _to_8_bit(image, levels, factor, tags):
+def _to_8_bit(image, kind, levels, factor, tags):
     """Returns a picture of mode L or LA, and its lowest and highest sample. What is not finite becomes the lowest."""
     key = image.info.pop("transparency", None)  # of the samples as they are in the file
-    kind = "float" if image.mode == "F" else "integer"
     samples = pil_to_tensor(image.convert("F"))[0]
     if tags.get("bits") == 32 and tags.get("format") in (None, 1):
         samples[samples < 0] += 2**32  # Pillow takes unsigned samples for signed ones
@@ -360,24 +358,25 @@ def _without_metadata(path):
     """
     data = path.read_bytes()
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        kept, place = data[:8], 8
+        kept, place = [data[:8]], 8
         while place + 12 <= len(data):
             end = place + 12 + int.from_bytes(data[place:place + 4], "big")
             chunk = data[place:end]
-            whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-            if chunk[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or chunk[4:8] == b"eXIf" and whole:
-                kept += chunk
+            if chunk[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or chunk[4:8] == b"eXIf" and zlib.crc32(
+                    chunk[4:-4]) == int.from_bytes(chunk[-4:], "big"):
+                kept.append(chunk)
             place = end
     elif data.startswith(b"\xff\xd8"):
-        kept, place = data[:2], 2
+        kept, place = [data[:2]], 2
         while data[place:place + 1] == b"\xff" and data[place + 1:place + 2] != b"\xda":  # to the start of the scan
             end = place + 2 + int.from_bytes(data[place + 2:place + 4], "big")
             marker = data[place + 1]
             # Adobe's APP14 tells how colours are coded.
             if not (0xe0 <= marker <= 0xef or marker == 0xfe) or data[place + 4:place + 9] == b"Adobe" and end - place >= 16:
-                kept += data[place:end]
+                kept.append(data[place:end])
             place = end
-        kept += data[place:]
+        kept.append(data[place:])
     else:
         return None
+    kept = b"".join(kept)
     return io.BytesIO(kept) if len(kept) < len(data) else None

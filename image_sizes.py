@@ -18,7 +18,7 @@ def height_and_width(image_size):
     """
     text = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", image_size) if isinstance(image_size, str) else None
     given = text.groups(default=text[1]) if text else image_size
-    sides = tuple(given) if isinstance(given, (tuple, list)) else (given, given)
+    sides = as_pair(given)
     with contextlib.suppress(TypeError, ValueError):
         height, width = (int(side) if text else operator.index(side) for side in sides)
         shorter, longer = sorted((height, width))
@@ -27,6 +27,11 @@ def height_and_width(image_size):
     raise ValueError(f"must be one of {', '.join(map(str, SHORTER_SIDES))}, or HEIGHTxWIDTH such as 128x224: the shorter "
                      f"side one of these, the longer a multiple of its quarter, at most {LONGEST} times it; got "
                      f"{size_text(image_size)}")
+
+
+def as_pair(image_size):
+    """Returns a size of any value as a tuple: (H, W) as it is, the side of a square twice."""
+    return tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
 
 
 def plain_size(image_size):

@@ -8,6 +8,7 @@ import pathlib
 import torch
 from tqdm import tqdm
 
+from checkpointing import preparation_of
 from image_files import DataError, decode_image
 from model_definitions import Decoded
 from randomness import latent_noise
@@ -70,5 +71,4 @@ def read_photo(path, image_size, **preparation):
 @torch.no_grad()
 def encode_photo(vae, path):
     """Returns the mean latent vector (1, Z) of a picture file, prepared as the training images. Raises as read_photo."""
-    preparation = getattr(vae, "preparation", {"channels": vae.image_shape[0]})  # load_generator sets it
-    return vae.encode(read_photo(path, vae.image_shape[1:], **preparation).to(vae.mu.weight.device))[0]
+    return vae.encode(read_photo(path, vae.image_shape[1:], **preparation_of(vae)).to(vae.mu.weight.device))[0]

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from image_sizes import CHANNELS, SMALLEST_MAP, height_and_width
+from image_sizes import CHANNELS, SMALLEST_MAP, as_pair, height_and_width
 from synthetic_video import interpolation_matrix, synthetic_video
 
 OUTPUT_LAYERS = ("cnn", "static", "none")  # the same as in config.py, which notebooks need not import; a test compares them
@@ -350,7 +350,7 @@ def _network_shapes(image_size, channels, base_channels):
 
 def _layer_shape(image_size, channels, alpha_grid):
     """Returns (C, H, W)."""
-    sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    sides = as_pair(image_size)
     if len(sides) != 2 or not all(hasattr(side, "__index__") and side >= CNN_MAP for side in sides):
         raise ValueError(f"image_size must be at least {CNN_MAP}, or (H, W) of such, got {image_size!r}")
     _check_channels(channels)

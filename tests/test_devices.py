@@ -55,6 +55,25 @@ def test_the_quota_of_a_cgroup_limits_the_number_of_cpus(tmp_path, eight_cpus, o
     assert devices.num_cpus(tmp_path / "cgroup", tmp_path / "own") == expected
 
 
+STAT = "cache 7\nactive_file 300\ninactive_file 200\n"
+
+
+@pytest.mark.parametrize(("own", "files", "expected"), [
+    ("0::/a/b\n", {"a/memory.max": "5000", "a/memory.current": "4000", "a/memory.stat": STAT}, 1_500),
+    ("0::/a/b\n", {"a/memory.max": "max", "a/memory.current": "4000", "a/memory.stat": STAT}, 1_024_000),
+    ("3:memory:/x\n", {"memory/x/memory.limit_in_bytes": "6000", "memory/x/memory.usage_in_bytes": "4000",
+                       "memory/x/memory.stat": STAT}, 2_500),
+    ("0::/a\n", {"a/memory.max": "5000"}, 1_024_000),
+])
+def test_free_memory_is_what_the_system_and_the_cgroups_leave(tmp_path, own, files, expected):
+    for name, text in {"own": own, "meminfo": "MemTotal: 9999 kB\nMemAvailable:   1000 kB\n",
+                       **{f"cgroup/{name}": text for name, text in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert devices.free_memory(tmp_path / "cgroup", tmp_path / "own", tmp_path / "meminfo") == expected
+    assert devices.free_memory(tmp_path / "none", tmp_path / "none", tmp_path / "none") is None
+
+
 def test_the_number_of_cpus_is_that_of_the_affinity(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
     assert devices.num_cpus(tmp_path, tmp_path / "own") == 2

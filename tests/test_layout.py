@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "pictures": {"torch", "torchvision", "PIL", "av", "safe_files", "synthetic_video"},
     "checkpointing": {"torch", "image_sizes", "model_definitions", "safe_files"},
     "image_metrics": {"torch", "torch_fidelity", "pictures"},
-    "latent_paths": {"torch", "tqdm", "image_files", "model_definitions", "randomness"},
+    "latent_paths": {"torch", "tqdm", "checkpointing", "image_files", "model_definitions", "randomness"},
     "wgan_gp": {"torch", "augmentation", "checkpointing", "distributed", "losses", "model_definitions", "randomness"},
     "fast_paths": {"torch", "distributed", "losses", "model_definitions", "randomness", "synthetic_video"},
     "resuming": {"checkpointing", "config", "console", "devices", "distributed", "image_sizes", "safe_files"},
