@@ -11,17 +11,20 @@ import zipfile
 
 import torch
 
-from image_sizes import RESIZE_MODES, height_and_width, plain_size
-from model_definitions import VAE
+from image_sizes import RESIZE_MODES, height_and_width, plain_size, size_text
+from model_definitions import LAYERS_PER_HALVING, VAE, Discriminator
 from safe_files import atomic_write
 
 FORMAT = 2  # raised when older files can no longer be read
 LARGEST_OUTLINE = 2**18  # bytes of names and shapes, ten times what ours need: deep nesting can crash the unpickler
 SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "threads": int,
           "config": dict, "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict,
-          "critic": dict, "generator_optimizer": dict, "critic_optimizer": dict, "preparation": dict, "image_set": str}
-ABSENT = {"threads": 0, "preparation": {}, "image_set": ""}  # what older checkpoints do not say
+          "critic": dict, "generator_optimizer": dict, "critic_optimizer": dict, "preparation": dict, "image_set": str,
+          "first_side": int, "learned_side": int}  # shorter sides of images: where the run began, what it has learned
+# What older checkpoints do not say; a side of 0 is that of the model.
+ABSENT = {"threads": 0, "preparation": {}, "image_set": "", "first_side": 0, "learned_side": 0}
 SAMPLES = ("integer", "float")  # kinds of more than 8 bits
+CRITIC_ARGUMENTS = ("image_size", "channels", "base_channels", "base_size", "grow_from")  # of those of a VAE
 TRAINING_ONLY = ("generator", "critic", "generator_optimizer", "critic_optimizer", "pending_metrics")
 
 
@@ -102,15 +105,21 @@ def settings_for_file(settings):
 
 
 def settings_of_file(settings):
-    """Returns a dict of settings as it was before settings_for_file; older files hold image_size itself, and no channels."""
+    """Returns a dict of settings as it was before settings_for_file; older files hold image_size itself, and not all of
+    what makes a model."""
     settings = dict(settings)
     if {"image_height", "image_width"} & settings.keys():
         settings["image_size"] = settings.pop("image_height", None), settings.pop("image_width", None)
     if "image_size" in settings:
-        settings = {"channels": 3, **settings}
+        settings = {"channels": 3, "base_size": None, "grow_from": None, **settings}
         with contextlib.suppress(ValueError):  # an impossible size is refused by who uses it
             settings["image_size"] = plain_size(settings["image_size"])
     return settings
+
+
+def learned_side(state):
+    """Returns the shorter side of the images that the networks of a state have learned to draw."""
+    return state["learned_side"] or min(height_and_width(state["model_arguments"]["image_size"]))
 
 
 def _file_form(state):
@@ -248,9 +257,9 @@ def load_newest(folder, *, report=print):
 def load_generator(path, *, report=print):
     """Returns the averaged VAE of a checkpoint, or of the newest one of a run folder.
 
-    It is on the CPU, in evaluation mode and without gradients. Its attribute `preparation` holds the arguments with which
-    image_files.decode_image prepares a picture as its training images were; see preparation_of_file. Loading is safe on a
-    file from someone you do not trust.
+    It is on the CPU, in evaluation mode and without gradients, and draws images of the size that it has learned. Its
+    attribute `preparation` holds the arguments with which image_files.decode_image prepares a picture as its training images
+    were; see preparation_of_file. Loading is safe on a file from someone you do not trust.
 
     Args:
         path: a checkpoint or a run folder; "~" is the home directory.
@@ -262,6 +271,7 @@ def load_generator(path, *, report=print):
     state = _load_with_generator(path, report)
     vae = VAE(**state["model_arguments"])
     vae.load_state_dict(state["averaged"])
+    vae.draw_at(learned_side(state))
     vae.preparation = {"channels": vae.image_shape[0], **preparation_of_file(state["preparation"])}
     return vae.requires_grad_(False).eval()
 
@@ -301,6 +311,54 @@ def save_generator(path, state):
         torch.save(_file_form({"format": FORMAT, **state}), file)
 
 
+def load_start(path, image_size, *, report=print):
+    """Returns the state of a checkpoint or exported generator for networks of images of that size, or of larger ones.
+
+    Weights have the names that they have in the larger networks, and "first_side" is the size that the file has learned.
+    "critic" is {} where there is a generator alone.
+
+    Args:
+        path, report: as for load_generator.
+        image_size: of the networks that begin with it.
+
+    Raises:
+        CheckpointError: as load_generator; the size is neither that of its networks nor twice, four, ... times it.
+    """
+    state = _load_with_generator(path, report)
+    model, state["first_side"] = state["model_arguments"], learned_side(state)
+    one, other = height_and_width(model["image_size"]), height_and_width(image_size)
+    levels = (min(other) // min(one)).bit_length() - 1
+    if levels < 0 or other != tuple(side << levels for side in one):
+        raise CheckpointError(f"--image-size: {path} has networks for {size_text(plain_size(one))} px, so it can be that or "
+                              f"twice, four times, ... that, got {size_text(plain_size(other))}")
+    if state["critic"]:
+        critic = {name: model[name] for name in CRITIC_ARGUMENTS}
+        with torch.device("meta"):
+            expected = Discriminator(**critic).state_dict()
+        check_tensors(state["critic"], expected, f"{path}: critic")
+    state["model_arguments"] = {**model, "image_size": plain_size(other), "base_size": model["base_size"] or min(one),
+                                "grow_from": model["grow_from"] or min(one)}
+    return state | {name: _names_in_larger(state[name], levels) for name in ("averaged", "critic")}
+
+
+def _names_in_larger(weights, levels):
+    """Returns weights of a VAE or Discriminator under the names they have in one for images 2**levels times as large."""
+    numbers = [int(name.split(".")[1]) for name in weights if name.startswith("decoder.")]
+    draws = f"decoder.{max(numbers, default=0)}"
+    renamed = {}
+    for name, tensor in weights.items():
+        layer, kind = name.rsplit(".", 1)
+        network, _, number = layer.partition(".")
+        if levels and layer in ("encoder.0", "blocks.0", draws):  # those that take and draw the largest images
+            layer = f"{'outputs' if layer == draws else 'inputs'}.{levels - 1}"
+        elif network in ("inputs", "outputs"):
+            layer = f"{network}.{int(number) + levels}"
+        elif network in ("encoder", "blocks"):
+            layer = f"{network}.{int(number) + LAYERS_PER_HALVING * levels}"
+        renamed[f"{layer}.{kind}"] = tensor
+    return renamed
+
+
 def _load_with_generator(path, report):
     """load_checkpoint of a file, or of the newest one of a run folder, with "averaged" checked against "model_arguments"."""
     path = pathlib.Path(path).expanduser()
@@ -309,11 +367,12 @@ def _load_with_generator(path, report):
         raise CheckpointError(f"{path}: no checkpoints below it")
     try:
         with torch.device("meta"):
-            expected = VAE(**state["model_arguments"]).state_dict()
+            vae = VAE(**state["model_arguments"])
+        vae.draw_at(learned_side(state))
     except Exception as error:  # whatever such arguments lead to
         raise CheckpointError(f"{path}: model_arguments: {ascii(str(error))[1:-1][:200]}") from None
     try:
-        check_tensors(state["averaged"], expected, "averaged")
+        check_tensors(state["averaged"], vae.state_dict(), "averaged")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return state

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import typing
 
-from image_sizes import CHANNELS, RESIZE_MODES, height_and_width, plain_size
+from image_sizes import CHANNELS, RESIZE_MODES, SHORTER_SIDES, height_and_width, plain_size
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 KINDS = {tuple: "a size", bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
@@ -98,6 +98,8 @@ class Config(Settings):
     epochs: float | None = option(None, "run", "length of the run in passes over the images, in place of --steps",
                                   metavar="N", above=0)
     resume: str | None = option(None, "run", "start an empty run folder from this checkpoint", metavar="PATH")
+    initial_checkpoint: str | None = option(None, "run", "begin with the networks of this checkpoint or exported generator, "
+                                                         "at step 0: for other images or larger ones", metavar="PATH")
     fresh: bool = option(False, "run", "start anew in a numbered run folder rather than continue")
     dry_run: bool = option(False, "run", "show what would be trained, run one step, leave no run folder")
     seed: int = option(0, "run", "of the initial weights, the order of the images and all noise", metavar="N", minimum=0)
@@ -110,11 +112,17 @@ class Config(Settings):
     latent_dim: int = option(128, "model", "size of the latent vector", metavar="Z", minimum=1)
     base_channels: int = option(32, "model", "width of the largest maps; deeper ones are up to 8 times wider",
                                 metavar="N", minimum=1)
+    base_size: int | None = option(None, "model", "shorter side of the images whose largest maps have that width; larger "
+                                                  "images have narrower maps before these (default: that of --image-size)",
+                                   metavar="PIXELS", choices=SHORTER_SIDES)
+    grow_from: int | None = option(32, "model", "begin with images of this shorter side, and double it up to --image-size; "
+                                                "that of --image-size: no growth", metavar="PIXELS", choices=SHORTER_SIDES)
     output_layer: str = option("cnn", "model", "what follows the decoder: CNNParamTanh, one learned alpha for all "
                                                "images, or nothing", choices=("cnn", "static", "none"))
     num_frames: int = option(16, "model", "frames of the synthetic video", metavar="T", minimum=1)
     alpha_grid: int = option(16, "model", "side of the grid of alpha that the CNN predicts", metavar="G", minimum=1)
 
+    grow_every_images: int = option(48_000, "training", "images after which the size doubles", metavar="IMAGES", minimum=1)
     batch_size: int = option(16, "training", "images per update", metavar="N", minimum=1)
     critic_steps: int = option(1, "training", "critic updates per generator update", metavar="N", minimum=1)
     critic_learning_rate: float = option(1.6e-3, "training", "Adam's learning rate for the critic, at its highest",
@@ -140,8 +148,9 @@ class Config(Settings):
     sample_every: int = option(500, "output", "steps between sample grids", metavar="STEPS", minimum=1)
     checkpoint_every: int = option(500, "output", "steps between checkpoints", metavar="STEPS", minimum=1)
     keep_checkpoints: int = option(2, "output", "newest checkpoints kept", metavar="N", minimum=1)
-    evaluate_every: int | None = option(None, "output", "steps between measurements of quality; the best generator is kept "
-                                                        "as checkpoints/best.pt", metavar="STEPS", minimum=1)
+    evaluate_every: int | None = option(None, "output", "steps between measurements of quality, at the full size of the "
+                                                        "images; the best generator is kept as checkpoints/best.pt",
+                                        metavar="STEPS", minimum=1)
     tensorboard: bool = option(False, "output", "write numbers and pictures for TensorBoard too, which has to be installed")
 
     def __post_init__(self):
@@ -156,11 +165,19 @@ class Config(Settings):
             faults.append("--data: name a folder of images, or use --demo; one of the two")
         if self.fresh and self.resume:
             faults.append("--fresh: starts from nothing, so it does not go with --resume")
+        if self.initial_checkpoint and self.resume:
+            faults.append("--initial-checkpoint: starts a new run, so it does not go with --resume")
+        with contextlib.suppress(TypeError, ValueError):  # reported below
+            shorter_side = min(height_and_width(self.image_size))
+            if self.grow_from in SHORTER_SIDES and self.grow_from > shorter_side:
+                faults.append(f"--grow-from: must be at most {shorter_side}, the shorter side of --image-size, "
+                              f"got {self.grow_from}")
         return faults + super().faults()
 
     def model_arguments(self):
         """Returns the keyword arguments of VAE."""
-        names = ("image_size", "channels", "latent_dim", "base_channels", "num_frames", "output_layer", "alpha_grid")
+        names = ("image_size", "channels", "latent_dim", "base_channels", "base_size", "grow_from", "num_frames",
+                 "output_layer", "alpha_grid")
         return {name: getattr(self, name) for name in names}
 
 

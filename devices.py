@@ -103,6 +103,12 @@ def free_memory(cgroups="/sys/fs/cgroup", own="/proc/self/cgroup", system="/proc
     return min(found, default=None)
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that there is too little memory."""
+    text = str(error).lower()  # torch raises a plain RuntimeError on the CPU
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text
+
+
 def limit_threads():
     """Lowers the number of torch's threads to num_cpus(), unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ and num_cpus() < torch.get_num_threads():

@@ -32,8 +32,7 @@ def use_fast_layers(gan, *, report):
         gan: a wgan_gp.GAN.
         report: called with a line of text for each faster form that is not used.
     """
-    shape = gan.generator.image_shape
-    if _is_same(lambda: _compare_penalties(gan.critic, shape), "the penalty by double backward", report):
+    if _is_same(lambda: _compare_penalties(gan.critic), "the penalty by double backward", report):
         gan.input_gradient = functools.partial(written_out_gradient, gan.critic)
     use_fast_output_layers(gan.generator, gan.averaged, report=report)
 
@@ -76,17 +75,19 @@ def _fault(compare, tolerance, *, catch=True):
     return None if difference <= tolerance else f"the results of the faster form differ by {difference:.1%}"  # fails for NaN
 
 
-def _compare_penalties(critic, shape):
-    """Returns the penalty with written_out_gradient and with autograd, and their gradients for the critic's parameters."""
+def _compare_penalties(critic):
+    """Yields the penalty by written_out_gradient and by autograd, and their gradients for the parameters, at each size."""
     critic = _moved_copy(critic)
-    real, fake, mixing = (torch.rand(size, dtype=torch.float64, generator=random_generator("fast paths", name))
-                          for name, size in (("real", (2, *shape)), ("fake", (2, *shape)), ("mixing", (2, 1, 1, 1))))
-    results = []
-    for input_gradient in (functools.partial(written_out_gradient, critic), None):
-        penalty = gradient_penalty(critic, real, fake, mixing=mixing, input_gradient=input_gradient)
-        gradients = torch.autograd.grad(penalty, list(critic.parameters()), materialize_grads=True, allow_unused=True)
-        results.append((penalty.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
-    return zip(*results, strict=True)
+    for sides in critic.image_sizes:
+        shape = critic.channels, *sides
+        real, fake, mixing = (torch.rand(size, dtype=torch.float64, generator=random_generator("fast paths", name))
+                              for name, size in (("real", (2, *shape)), ("fake", (2, *shape)), ("mixing", (2, 1, 1, 1))))
+        results = []
+        for input_gradient in (functools.partial(written_out_gradient, critic), None):
+            penalty = gradient_penalty(critic, real, fake, mixing=mixing, input_gradient=input_gradient)
+            gradients = torch.autograd.grad(penalty, list(critic.parameters()), materialize_grads=True, allow_unused=True)
+            results.append((penalty.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+        yield from zip(*results, strict=True)
 
 
 def _compare_layers(layer):
@@ -117,27 +118,42 @@ def written_out_gradient(critic, images):
     """Returns the gradient of each score of a Discriminator with respect to its image, (N, C, H, W).
 
     The score is piecewise linear in the image, so its gradient is the last weights passed backwards through the transposed
-    layers, through the max-pool and ReLU choices of the forward pass. Written as a forward computation, it can be
+    layers, through the max-pool and ReLU choices of the forward pass, and out at every size at which the critic sees the
+    image. Written as a forward computation, it can be
     differentiated with respect to the weights by one ordinary backward pass, in half the time of a second backward through
     autograd.
     """
-    features, path = 2 * images - 1, []
+    images, path, features = 2 * images - 1, [], None
     plain = torch.autocast(images.device.type, enabled=False)  # autocast would unpool in float32
+    level, scale = critic.image_sizes.index(tuple(images.shape[-2:])), critic.scale(images)
     convolutions = [layer for layer in critic.blocks if isinstance(layer, nn.Conv2d)]
+    inputs = [convolutions[0], *critic.inputs][level:]  # for images of this size and for those averaged to smaller ones
+    convolutions = convolutions[level:]
     with torch.no_grad():
-        for convolution in convolutions:
-            # Detached: autocast in torch 2.10 would keep the weights that it casts here, without gradient, for below.
-            maps = F.conv2d(features, convolution.weight.detach(), convolution.bias.detach(), padding=1)
-            pooled, indices = F.max_pool2d(maps, 2, return_indices=True)
+        for index, convolution in enumerate(convolutions):
+            parts = [] if features is None else [_convolved(features, convolution)]
+            if index < len(inputs):
+                images = F.avg_pool2d(images, 2) if index else images
+                parts.append(_convolved(images, inputs[index]))
+            pooled, indices = F.max_pool2d(sum(parts[1:], parts[0]), 2, return_indices=True)
             features = pooled.relu()
             with plain:
                 path.append(F.max_unpool2d((pooled > 0).to(pooled.dtype), indices, 2))
-    gradient = critic.score.weight.to(features.dtype).view(1, *features.shape[1:]).expand_as(features)
-    for convolution, passed in zip(reversed(convolutions), reversed(path), strict=True):
+    gradient, of_images = critic.score.weight.to(features.dtype).view(1, *features.shape[1:]).expand_as(features), None
+    for index, passed in reversed(list(enumerate(path))):
         with plain:
             gradient = F.interpolate(gradient, scale_factor=2) * passed
-        gradient = F.conv_transpose2d(gradient, convolution.weight, padding=1)
-    return 2 * gradient
+        if index < len(inputs):
+            of_input = F.conv_transpose2d(gradient, inputs[index].weight, padding=1)
+            of_images = of_input if of_images is None else of_input + F.interpolate(of_images, scale_factor=2) / 4
+        if index:
+            gradient = F.conv_transpose2d(gradient, convolutions[index].weight, padding=1)
+    return 2 * scale * of_images
+
+
+def _convolved(images, convolution):
+    # Detached: autocast in torch 2.10 would keep the weights that it casts here, without gradient, for later.
+    return F.conv2d(images, convolution.weight.detach(), convolution.bias.detach(), padding=1)
 
 
 @torch.compiler.disable  # which would make the matrices anew in every step
@@ -327,6 +343,9 @@ def use_fast_updates(gan, batches, *, compiled, capture, report):
         capture: CapturedUpdate, or None for no capture.
         report: called with a line of text if the plain updates are kept.
     """
+    for name in batches:  # those for images of the size before
+        vars(gan).pop(f"{name}_losses", None)
+        vars(gan).pop(f"{name}_update", None)
     saved = [tensor.clone() for tensor in gan.tensors()]
 
     def restore():
@@ -342,7 +361,7 @@ def use_fast_updates(gan, batches, *, compiled, capture, report):
     def compare():
         for name, arguments in batches.items():
             if compiled:
-                setattr(gan, f"{name}_losses", torch.compile(getattr(gan, f"{name}_losses")))
+                setattr(gan, f"{name}_losses", torch.compile(getattr(gan, f"{name}_losses"), dynamic=False))
             if capture:
                 setattr(gan, f"{name}_update", capture(getattr(gan, f"{name}_update"), arguments))
         return zip(results(), plain, strict=True)

@@ -11,6 +11,7 @@ import sys
 
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -70,7 +71,7 @@ class Options(Settings):
 
 
 def time_lapse(run):
-    """Returns the sample grids (T, C, H, W) of a run folder, in the order of steps.
+    """Returns the sample grids (T, C, H, W) of a run folder, in the order of steps, smaller ones enlarged to the largest.
 
     Raises:
         GenerateError: there are none.
@@ -79,7 +80,9 @@ def time_lapse(run):
     paths = sorted(pathlib.Path(run).glob("samples/step_*.png"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise GenerateError(f"{run}: no sample grids in it (samples/step_*.png); a run folder of training.py is needed")
-    return torch.stack([_read_grid(path) for path in tqdm(paths, unit="grid", disable=None)])
+    grids = [_read_grid(path) for path in tqdm(paths, unit="grid", disable=None)]
+    sides = tuple(max(side) for side in zip(*(picture.shape[1:] for picture in grids), strict=True))
+    return torch.cat([F.interpolate(picture[None], sides, mode="nearest-exact") for picture in grids])
 
 
 def _read_grid(path):

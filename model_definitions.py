@@ -9,6 +9,11 @@ An image_size is (H, W), or the side of a square. The shorter side of VAE and Di
 pixels; the longer one is a multiple of a quarter of it, up to four times as long. CNN and output layers compute at the size
 of their input, any from 16 pixels a side on.
 
+With grow_from, VAE and Discriminator can work at smaller sizes too, from that one on, each twice the one before. Whatever
+the size, the maps of 4 px and those around them are the same. Encoder and critic take an image at the block for its size,
+and the blocks after that see it too, averaged to their size. The decoder's image is the sum of what it draws at every size,
+the smaller ones enlarged. What a larger size adds starts at zero, so that training can go on from one size to the next.
+
 This file is plain PyTorch and can be changed freely: faster forms of these computations are in fast_paths.py and are used
 only where they give the same numbers. There is no batch normalization, because the gradient penalty treats each sample on
 its own.
@@ -20,10 +25,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from image_sizes import CHANNELS, SMALLEST_MAP, as_pair, height_and_width
+from image_sizes import CHANNELS, SHORTER_SIDES, SMALLEST_MAP, as_pair, height_and_width
 from synthetic_video import interpolation_matrix, synthetic_video
 
 OUTPUT_LAYERS = ("cnn", "static", "none")  # the same as in config.py, which notebooks need not import; a test compares them
+LAYERS_PER_HALVING = 3  # of the encoder and the critic: Conv2d, MaxPool2d, ReLU
 WIDEST = 8  # no layer has more than this many times base_channels
 INITIAL_ALPHA = 3.0  # tanh(3) = 0.995, so the first images can already be nearly white
 CNN_FILTERS = 2
@@ -50,13 +56,18 @@ def alpha_map(grid, height, width):
     """
     with torch.autocast(grid.device.type, enabled=False):
         alpha = F.softplus(_at_least_float32(grid) + math.log(math.expm1(INITIAL_ALPHA)))
-        rows, columns = (_resizing_matrix(size, like=alpha) for size in (height, width))
-        return (rows @ alpha @ columns.T).unsqueeze(1)
+        return _resized(alpha, height, width).unsqueeze(1)
 
 
-def _resizing_matrix(size, *, like):
-    """The matrix (size, G) that alpha_map multiplies a line of its grid with."""
-    cells = like.shape[-1]
+def _resized(images, height, width):
+    """Returns images (..., H, W) of another size: enlarged by linear interpolation, reduced by averaging, each side so."""
+    rows, columns = (_resizing_matrix(size, cells, like=images)
+                     for size, cells in zip((height, width), images.shape[-2:], strict=True))
+    return rows @ images @ columns.T
+
+
+def _resizing_matrix(size, cells, *, like):
+    """The matrix (size, cells) that _resized multiplies a line with."""
     pixels = torch.arange(size, device=like.device, dtype=like.dtype)
     if cells <= size:
         return interpolation_matrix((pixels + 0.5) * cells / size - 0.5, cells)  # pixel centres, counted in cells
@@ -213,9 +224,16 @@ class VAE(nn.Module):
         channels: C.
         latent_dim: Z.
         base_channels: width of the largest maps; widths double with every halving of the map, up to 8 times this.
+        base_size: shorter side of the images whose largest maps are meant, by default that of image_size. Larger images than
+            these have further maps of half the width for every doubling, smaller ones are without the largest maps.
         num_frames: T, the length of the synthetic video.
         output_layer: "cnn" (CNNParamTanh), "static" (StaticParamTanh) or "none".
         alpha_grid: G.
+        grow_from: shorter side of the smallest size that it can work at; by default that of image_size.
+
+    Attributes:
+        image_sizes: (H, W) of each size that it can work at, the largest first.
+        image_shape: (C, H, W) of the images that it draws now: at first the largest; draw_at changes it.
 
     Shape: forward takes images (N, C, H, W) in [0, 1] and returns (reconstruction (N, C, H, W), mu (N, Z), logvar (N, Z)).
 
@@ -224,20 +242,24 @@ class VAE(nn.Module):
     """
 
     def __init__(self, *, image_size=128, channels=3, latent_dim=128, base_channels=32, num_frames=16, output_layer="cnn",
-                 alpha_grid=16):
+                 alpha_grid=16, base_size=None, grow_from=None):
         super().__init__()
         if output_layer not in OUTPUT_LAYERS:
             raise ValueError(f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {output_layer!r}")
-        self.image_shape, widths, smallest = _network_shapes(image_size, channels, base_channels)
+        self.image_sizes, widths, smallest = _network_shapes(
+            image_size, channels, base_channels, base_size, grow_from)
+        self.image_shape = channels, *self.image_sizes[0]
         self.latent_dim = latent_dim
         self.encoder = _downsampling_blocks(channels, widths)
+        self.inputs = nn.ModuleList(_from_image(channels, width) for width in widths[1:len(self.image_sizes)])
         features = math.prod(smallest)
         self.mu = nn.Linear(features, latent_dim)
         self.logvar = nn.Linear(features, latent_dim)
         layers = [nn.Linear(latent_dim, features), nn.ReLU(), nn.Unflatten(1, smallest)]
         for wide, narrow in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True):
             layers += [nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers, nn.ConvTranspose2d(widths[0], channels, 4, stride=2, padding=1))
+        self.decoder = nn.Sequential(*layers, _to_image(widths[0], channels))
+        self.outputs = nn.ModuleList(_to_image(width, channels) for width in widths[1:len(self.image_sizes)])
         layer = {"image_size": self.image_shape[1:], "channels": channels, "alpha_grid": alpha_grid}
         if output_layer == "cnn":
             self.output_layer = CNNParamTanh(num_frames=num_frames, **layer)
@@ -248,20 +270,28 @@ class VAE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        _initialise(self.encoder)
+        _initialise_downsampling(self.encoder, self.inputs)
         _initialise(self.decoder)
+        _initialise(self.outputs)
+        first, *later = [*reversed(self.outputs), self.decoder[-1]]  # by the size that they draw
         # The first images are mid grey with every output layer, so that layers are compared from the same start.
         grey = 0.5 if self.output_layer is None else math.atanh(0.5) / INITIAL_ALPHA
-        nn.init.constant_(self.decoder[-1].bias, math.log(grey / (1 - grey)))
+        nn.init.constant_(first.bias, math.log(grey / (1 - grey)))
+        for layer in later:
+            nn.init.zeros_(layer.weight)
 
     def extra_repr(self):
         return f"images {_shape(self.image_shape)}, z (N, {self.latent_dim})"
 
+    def draw_at(self, shorter_side):
+        """Sets the size of the images that it draws, by their shorter side: one of image_sizes."""
+        self.image_shape = self.image_shape[0], *self.image_sizes[_level(self.image_sizes, shorter_side, "shorter_side")]
+
     def encode(self, images):
-        """Returns (mu, logvar), each (N, Z), for images (N, C, H, W) in [0, 1]."""
-        _check_images(images, *self.image_shape)
+        """Returns (mu, logvar), each (N, Z), for images (N, C, H, W) in [0, 1], of any of image_sizes."""
+        _check_images(images, self.image_shape[0], self.image_sizes)
         _check_range(images)
-        features = self.encoder(2 * images - 1).flatten(1)
+        features = downsample(self.encoder, self.inputs, 2 * images - 1, self.image_sizes).flatten(1)
         mu, logvar = _at_least_float32(self.mu(features)), _at_least_float32(self.logvar(features))
         return mu, logvar.clamp(*LOGVAR_RANGE)
 
@@ -279,10 +309,28 @@ class VAE(nn.Module):
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"expected z of shape {_shape((self.latent_dim,))}, got {tuple(z.shape)}")
         # In half precision the sigmoid would have fewer levels near white than an 8-bit picture.
-        before = torch.sigmoid(_at_least_float32(self.decoder(z.to(self.decoder[-1].weight.dtype))))
+        before = torch.sigmoid(self._logits(z.to(self.decoder[-1].weight.dtype)))
         if self.output_layer is None:
             return Decoded(before, None, None, before)
         return Decoded(before, *self.output_layer.parts(before))
+
+    def _logits(self, z):
+        """Returns the decoder's image (N, C, H, W) before the sigmoid, at the size of image_shape."""
+        if not self.outputs:
+            return _at_least_float32(self.decoder(z))
+        features, logits = z, None
+        for layer in self.decoder:
+            if isinstance(layer, nn.ConvTranspose2d):
+                sides = 2 * features.shape[-2], 2 * features.shape[-1]
+                if sides in self.image_sizes:
+                    level = self.image_sizes.index(sides)
+                    drawn = _at_least_float32((self.outputs[level - 1] if level else layer)(features))
+                    with torch.autocast(z.device.type, enabled=False):
+                        logits = drawn if logits is None else _resized(logits, *sides) + drawn
+                if sides == self.image_shape[1:]:
+                    return logits
+            features = layer(features)
+        raise AssertionError("the decoder does not reach the size of image_shape")
 
     def decode(self, z):
         """Returns images (N, C, H, W) in [0, 1] for z (N, Z)."""
@@ -307,35 +355,71 @@ class Discriminator(nn.Module):
     Only differences between scores are used, so the Linear layer needs no bias.
 
     Args:
-        image_size, channels, base_channels: as in VAE.
+        image_size, channels, base_channels, base_size, grow_from: as in VAE.
 
-    Shape: images (N, C, H, W) in [0, 1] to scores (N,), higher for what looks real.
+    Attributes:
+        image_sizes: as in VAE.
+
+    Shape: images (N, C, H, W) in [0, 1], of any of image_sizes, to scores (N,), higher for what looks real.
 
     Raises:
         ValueError: as VAE; augmented images may leave [0, 1].
     """
 
-    def __init__(self, *, image_size=128, channels=3, base_channels=32):
+    def __init__(self, *, image_size=128, channels=3, base_channels=32, base_size=None, grow_from=None):
         super().__init__()
-        self.image_shape, widths, smallest = _network_shapes(image_size, channels, base_channels)
+        self.image_sizes, widths, smallest = _network_shapes(
+            image_size, channels, base_channels, base_size, grow_from)
+        self.channels = channels
         self.blocks = _downsampling_blocks(channels, widths)
+        self.inputs = nn.ModuleList(_from_image(channels, width) for width in widths[1:len(self.image_sizes)])
         self.score = nn.Linear(math.prod(smallest), 1, bias=False)
-        _initialise(self.blocks)
+        _initialise_downsampling(self.blocks, self.inputs)
 
     def extra_repr(self):
-        return f"{_shape(self.image_shape)} -> (N,)"
+        return f"{_shape((self.channels, *self.image_sizes[0]))} -> (N,)"
 
     def forward(self, images):
-        _check_images(images, *self.image_shape)
-        return _at_least_float32(self.score(self.blocks(2 * images - 1).flatten(1)).squeeze(1))
+        _check_images(images, self.channels, self.image_sizes)
+        features = downsample(self.blocks, self.inputs, 2 * images - 1, self.image_sizes)
+        return self.scale(images) * _at_least_float32(self.score(features.flatten(1)).squeeze(1))
+
+    def scale(self, images):
+        """Returns by what scores of images of this size are multiplied: their size as a multiple of the smallest one.
+
+        An enlarged image has half the slope with respect to its pixels that the image itself has, and the gradient penalty
+        wants 1 at every size.
+        """
+        return images.shape[-1] // self.image_sizes[-1][-1]
 
     def probability(self, images):
         """Returns the sigmoid of the score, (N,) in [0, 1]. It ranks images; it is not a calibrated probability."""
         return torch.sigmoid(self(images))
 
 
-def _network_shapes(image_size, channels, base_channels):
-    """Returns the shapes of images (C, H, W) and of the smallest maps, and between them the widths, see base_channels."""
+def downsample(blocks, inputs, images, image_sizes):
+    """Returns the smallest maps that the blocks make of images (N, C, H, W) in [-1, 1] of one of image_sizes.
+
+    Args:
+        blocks: layers with one Conv2d for each halving; the first takes images of the largest size.
+        inputs: a Conv2d for images of each smaller size, whose output is added to that of the block's own one.
+    """
+    if not inputs:
+        return blocks(images)
+    level = image_sizes.index(tuple(images.shape[-2:]))
+    first = [index for index, layer in enumerate(blocks) if isinstance(layer, nn.Conv2d)][level]
+    features = (inputs[level - 1] if level else blocks[first])(images)
+    for layer in blocks[first + 1:]:
+        features = layer(features)
+        if isinstance(layer, nn.Conv2d) and level < len(inputs):
+            images = F.avg_pool2d(images, 2)
+            features = features + inputs[level](images)
+            level += 1
+    return features
+
+
+def _network_shapes(image_size, channels, base_channels, base_size, grow_from):
+    """Returns the sizes of images, the largest first, the widths (see base_channels) and the shape of the smallest maps."""
     try:
         height, width = height_and_width(image_size)
     except ValueError as error:
@@ -344,8 +428,22 @@ def _network_shapes(image_size, channels, base_channels):
     if base_channels < 1:
         raise ValueError(f"base_channels must be at least 1, got {base_channels}")
     scale = min(height, width) // SMALLEST_MAP
-    widths = [base_channels * min(2**i, WIDEST) for i in range(scale.bit_length() - 1)]
-    return (channels, height, width), widths, (widths[-1], height // scale, width // scale)
+    if base_size is not None and base_size not in SHORTER_SIDES:
+        raise ValueError(f"base_size must be one of {', '.join(map(str, SHORTER_SIDES))}, got {base_size}")
+    largest = (base_size or min(height, width)) // SMALLEST_MAP  # of the maps that have base_channels, in smallest maps
+    sides = [scale // 2**i for i in range(scale.bit_length() - 1)]
+    widths = [max(1, min(base_channels * largest // side, base_channels * WIDEST)) for side in sides]
+    sizes = [(height // 2**i, width // 2**i) for i in range(len(sides)) if min(height, width) // 2**i in SHORTER_SIDES]
+    sizes = sizes[:_level(sizes, grow_from, "grow_from") + 1 if grow_from is not None else 1]
+    return sizes, widths, (widths[-1], height // scale, width // scale)
+
+
+def _level(sizes, shorter_side, name):
+    """Returns which of the sizes has that shorter side; `name` is what a message calls it."""
+    sides = [min(size) for size in sizes]
+    if shorter_side not in sides:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, sides))}, got {shorter_side}")
+    return sides.index(shorter_side)
 
 
 def _layer_shape(image_size, channels, alpha_grid):
@@ -370,6 +468,22 @@ def _downsampling_blocks(channels, widths):
     for narrow, wide in zip([channels, *widths], widths, strict=False):
         layers += [nn.Conv2d(narrow, wide, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+def _from_image(channels, width):
+    return nn.Conv2d(channels, width, 3, padding=1)
+
+
+def _to_image(width, channels):
+    return nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1)
+
+
+def _initialise_downsampling(blocks, inputs):
+    """Where an image is also seen averaged, what comes from its larger sizes starts at zero."""
+    _initialise(blocks)
+    _initialise(inputs)
+    for layer in [layer for layer in blocks if isinstance(layer, nn.Conv2d)][1:len(inputs) + 1]:
+        nn.init.zeros_(layer.weight)
 
 
 def _initialise(layers):
@@ -403,14 +517,15 @@ def _randn(shape, *, like, generator):
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
-def _check_images(images, channels, height=None, width=None):
-    """Raises ValueError unless images are float of shape (N, C, H, W), of any H and W from 16 on where these are None."""
+def _check_images(images, channels, sizes=()):
+    """Raises ValueError unless images are float (N, C, H, W) of one of the sizes; of any from 16 pixels on without sizes."""
     if torch.jit.is_tracing():  # which would warn of every comparison
         return
-    sides, wanted = tuple(images.shape[2:]), (height, width)
-    if images.dim() != 4 or images.shape[1] != channels or (sides != wanted if height else min(sides) < CNN_MAP):
-        sides = f"{height}, {width})" if height else f"H, W) with H and W at least {CNN_MAP}"
-        raise ValueError(f"expected images of shape (N, {channels}, {sides}, got {tuple(images.shape)}")
+    sides = tuple(images.shape[2:])
+    if images.dim() != 4 or images.shape[1] != channels or (sides not in sizes if sizes else min(sides) < CNN_MAP):
+        wanted = " or ".join(_shape((channels, *size)) for size in sizes)
+        wanted = wanted or f"(N, {channels}, H, W) with H and W at least {CNN_MAP}"
+        raise ValueError(f"expected images of shape {wanted}, got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"expected float images in [0, 1], got {images.dtype}; (images / 255) makes them of 8-bit ones")
 

@@ -14,9 +14,11 @@ import re
 import distributed
 from checkpointing import (
     CheckpointError,
+    learned_side,
     list_checkpoints,
     load_checkpoint,
     load_newest,
+    load_start,
     preparation_of_file,
     settings_for_file,
     settings_of_file,
@@ -24,6 +26,7 @@ from checkpointing import (
 from config import option_name
 from console import say
 from devices import pick_precision
+from growth import growth_of
 from image_sizes import plain_size, size_text
 from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
 
@@ -38,7 +41,9 @@ class RunFolderError(ValueError):
 
 
 def find_run(config, *, name, folder):
-    """Returns the run folder, the checkpoints in it, and the state to go on from, None at the start of a run.
+    """Returns the run folder, the checkpoints in it, the state to go on from, and what load_start returns for a new run.
+
+    There is no state at the start of a run, and nothing to start with where config.initial_checkpoint names nothing: None.
 
     Args:
         config: a Config whose data is a resolved path, or names a set of images.
@@ -48,7 +53,8 @@ def find_run(config, *, name, folder):
     Raises:
         RunFolderError, CheckpointError: what cannot be used, and what would do.
     """
-    identity = {"data": config.data, **config.model_arguments()}
+    identity = {"data": config.data, "initial_checkpoint": config.initial_checkpoint}
+    identity |= {"image_size": config.image_size} if config.initial_checkpoint else config.model_arguments()
     fresh = config.fresh and not distributed.num_restarts()
     out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh)
     if folder and pathlib.Path(os.path.realpath(out)).is_relative_to(folder):
@@ -63,7 +69,13 @@ def find_run(config, *, name, folder):
                                       "the checkpoints of a run folder can")
         elif state["config"].get("resume") != config.resume:
             raise RunFolderError(f"--resume: {out} already holds a run; name a new folder with --out")
-    return out, checkpoints, state
+    elif state and state["config"].get("initial_checkpoint") != config.initial_checkpoint:
+        raise RunFolderError(f"--initial-checkpoint: {out} holds a run that began with "
+                             f"{state['config'].get('initial_checkpoint') or 'none'}; name a new folder with --out")
+    start = None
+    if config.initial_checkpoint and not state:
+        start = load_start(config.initial_checkpoint, config.image_size, report=say)
+    return out, checkpoints, state, start
 
 
 def choose_run_folder(base, identity, *, exactly, fresh):
@@ -82,8 +94,9 @@ def choose_run_folder(base, identity, *, exactly, fresh):
     name = base.name or "run"
     numbered = {int(path.name.removeprefix(f"{name}-")): path for path in base.parent.glob("*")
                 if re.fullmatch(rf"{re.escape(name)}-[1-9]\d{{0,8}}", path.name)}
-    same = {number: path for number, path in {**numbered, 1: base}.items()
-            if identity.items() <= _saved_config(path).items()}
+    saved = {number: _saved_config(path) for number, path in {**numbered, 1: base}.items()}
+    same = {number: numbered.get(number, base) for number, settings in saved.items()
+            if settings and not _differences(identity, settings)}
     if exactly and not fresh:
         folder = base
     elif same and not fresh:
@@ -92,12 +105,23 @@ def choose_run_folder(base, identity, *, exactly, fresh):
         number = max(same, default=0) + 1
         while (folder := base if number == 1 else base.parent / f"{name}-{number}").exists():
             number += 1
+        if not same and saved.get(1):
+            differences = "; ".join(f"{option_name(name)} {size_text(saved[1].get(name))}, not {size_text(value)}"
+                                    for name, value in _differences(identity, saved[1]).items())
+            say(f"note: {base} holds another run ({differences}), so this one gets {folder}; with these settings "
+                "that one goes on")
     if folder.exists():
         if not folder.is_dir():
             raise RunFolderError(f"--out: {folder} is a file, a folder is needed")
         if any(folder.iterdir()) and not _saved_config(folder):
             raise RunFolderError(f"--out: {folder} holds other things than a run; name a new or an empty folder")
     return folder
+
+
+def _differences(identity, saved):
+    """Returns the entries of `identity` that a saved config does not have. A run without grow_from never grows."""
+    return {name: value for name, value in identity.items()
+            if saved.get(name) != value and not (name == "grow_from" and saved.get(name) is None)}
 
 
 def _saved_config(folder):
@@ -113,21 +137,29 @@ def _saved_config(folder):
         return {}
 
 
-def resolve_settings(config, state, device):
-    """Returns the config with the precision of the run; refuses another model or data, and reports other changes.
+def resolve_settings(config, state, start, device):
+    """Returns the config with the model and precision of the run; refuses other data, and reports other changes.
 
     Args:
         config: a Config.
         state: the checkpoint to go on from, None at the start of a run.
+        start: as find_run returns it.
         device: a torch.device, which decides about "auto" at the start of a run.
 
     Raises:
         CheckpointError: what cannot change within a run.
     """
+    if config.initial_checkpoint:
+        config = _with_model_of(config, (state or start)["model_arguments"])
+    if start:
+        say(f"begins  with {config.initial_checkpoint}, which has learned {start['first_side']} px"
+            + ("" if start["critic"] else "; it holds a generator alone, so the critic begins with nothing"))
     if not state:
         precision = pick_precision(device) if config.precision == "auto" else config.precision
         return dataclasses.replace(config, precision=precision)
     saved, model = state["config"], state["model_arguments"]
+    if model.get("grow_from") is None:  # begun without growth, or before there was any
+        config = dataclasses.replace(config, grow_from=None)
     faults = [f"{option_name(name)}: this run has {size_text(model.get(name))}, got {size_text(value)}; --out names another "
               "folder"
               for name, value in config.model_arguments().items() if model.get(name) != value]
@@ -136,17 +168,35 @@ def resolve_settings(config, state, device):
                       "--resume goes on from a checkpoint of this one")
     if faults:
         raise CheckpointError("\n".join(faults))
+    now = growth_of(config, state["first_side"]).side_at(state["images_seen"])
+    if now < learned_side(state):
+        raise CheckpointError(f"--grow-every-images: this run has learned {learned_side(state)} px, and with "
+                              f"{config.grow_every_images} it would go back to {now}")
     if config.precision == "auto":
         if saved.get("precision") not in ("float32", "bfloat16"):
             raise CheckpointError(f"the checkpoint has no precision that is known: {saved.get('precision')}")
         config = dataclasses.replace(config, precision=saved["precision"])
     # Older checkpoints do not name these: the same defaults, but the schedule counted 500 and 8,000 steps.
     before = {"warm_up_images": 500 * config.batch_size, "decay_after_images": 8_000 * config.batch_size, "ema_ramp": 0.1,
-              "adam_beta2": 0.9, "resize_mode": "crop"} | saved
+              "grow_every_images": config.grow_every_images, "adam_beta2": 0.9, "resize_mode": "crop"} | saved
     for name, value in dataclasses.asdict(config).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             say(f"warning: {option_name(name)} was {before.get(name)}, is {value} from here on")
     return config
+
+
+def _with_model_of(config, model):
+    """Returns the config with the model_arguments of the checkpoint that the run has begun with, which it says."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    changes = {name: value for name, value in model.items() if name != "image_size" and getattr(config, name) != value}
+    faults = [f"{option_name(name)}: {config.initial_checkpoint} has {value}, got {getattr(config, name)}"
+              for name, value in changes.items() if getattr(config, name) != fields[name].default]
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    if changes:
+        say(f"model   as in {config.initial_checkpoint}: "
+            + " ".join(f"{option_name(name)} {value}" for name, value in changes.items()))
+    return dataclasses.replace(config, **changes)
 
 
 def known_levels(config, state):

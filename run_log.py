@@ -15,9 +15,11 @@ from checkpointing import preparation_for_file, save_checkpoint, save_generator
 from config import option_name
 from console import say
 from data_report import say_what_is_left_out, say_what_would_suit
+from devices import is_out_of_memory
+from growth import averaged_to, time_steps
 from image_data import as_float_images, batch_indices, evenly_spaced
 from image_metrics import sliced_wasserstein
-from image_sizes import size_text
+from image_sizes import plain_size, size_text
 from pictures import alpha_picture, grid, on_white, save_picture
 from randomness import latent_noise, random_generator
 from resuming import open_run_folder
@@ -27,6 +29,7 @@ NUM_SAMPLES = 64
 NUM_MEASURED = 500
 COLUMNS = 8  # of the grids
 CURVES_PER_ROW = 3
+NO_CURVES = ("step", "images", "image_size", "elapsed_seconds")
 
 
 class TrainingError(ValueError):
@@ -66,6 +69,7 @@ class RunLog:
         self.total_steps = (config.steps if config.epochs is None
                             else math.ceil(config.epochs * len(data.images) / self.images_per_step))
         self.steps_since_last_line = 0
+        self.step_seconds = {}  # of each size to come
         self.noise = latent_noise(config.seed, range(NUM_SAMPLES), config.latent_dim)
         first = batch_indices(len(data.images), 0, NUM_SAMPLES, seed=config.seed)
         self.reals = as_float_images(data.images, first, torch.device("cpu"))
@@ -100,6 +104,32 @@ class RunLog:
                 say(f"{option_name(name):26} {size_text(value)}")
             say(f"memory  {self.gan.state_bytes():,} bytes of weights and optimizer state; "
                 "a checkpoint takes as much on the disk")
+
+    def plan(self, take_step):
+        """Times a step at each size to come, where there are several, and prints when the run gets to each.
+
+        Args:
+            take_step: takes the next step and returns its metrics.
+        """
+        plan = [(side, start, end) for side, start, end in self.gan.growth.plan(self.images_per_step, self.total_steps)
+                if end > self.step]
+        if len(plan) > 1 or self.config.dry_run:
+            self.step_seconds = time_steps(self.gan, [side for side, *_ in plan], take_step)
+            for number, (side, start, end) in enumerate(plan):
+                seconds = self.step_seconds[side]
+                start = max(start, self.step)
+                lasts = ("does not fit into memory; a smaller --batch-size may" if seconds is None
+                         else f"about {tqdm.format_interval(seconds * (end - start))}, {seconds:.2g} s each")
+                say(f"{'' if number else 'plan':7} steps {start + 1} to {end} at {_text(self.gan.sizes[side])} px: {lasts}")
+        self._say_if_too_short()
+
+    def _say_if_too_short(self):
+        growth = self.gan.growth
+        reached = growth.plan(self.images_per_step, self.total_steps)[-1][0]
+        if reached < growth.sides[-1]:
+            steps = growth.steps_for_all(self.images_per_step)
+            say(f"warning: the run ends with images of {_text(self.gan.sizes[reached])} px, --image-size is "
+                f"{size_text(self.config.image_size)}: --steps {steps} would reach it, with as many images at each size")
 
     @contextlib.contextmanager
     def opened(self):
@@ -153,17 +183,26 @@ class RunLog:
             return
         speed = self.steps_since_last_line * self.images_per_step / (time.perf_counter() - self.last_line)
         metrics["images_per_second"] = round(speed, 2)
-        append_metrics(self.out, {"step": self.step, "images": self.images_seen, **metrics,
+        size = plain_size(self.gan.sizes[self.gan.side])
+        append_metrics(self.out, {"step": self.step, "images": self.images_seen, "image_size": size, **metrics,
                                   "elapsed_seconds": round(self._elapsed(), 2)})
         self._add_to_tensorboard(metrics)
         shown = {short: f"{metrics[name]:.3g}" for short, name in (
             ("W", "wasserstein_distance"), ("GP", "gradient_penalty"), ("rec", "reconstruction")) if name in metrics}
+        left = self._seconds_left(speed) if speed else None
+        shown = {"px": _text(self.gan.sizes[self.gan.side])} | shown if len(self.gan.sizes) > 1 else shown
         if self.progress.disable:  # not a terminal: lines instead of a bar
-            remaining = (self.total_steps - self.step) * self.images_per_step
-            left = f"  {tqdm.format_interval(remaining / speed)} left" if speed else ""
             say(f"step {self.step}/{self.total_steps}  " + "  ".join(f"{name} {value}" for name, value in shown.items())
-                + f"  {speed:.1f} images/s{left}")
+                + f"  {speed:.1f} images/s" + (f"  {tqdm.format_interval(left)} left" if speed else ""))
         self.progress.set_postfix(shown, refresh=False)
+
+    def _seconds_left(self, speed):
+        """By images per second now, and by how much slower steps of the sizes to come were when they were tried."""
+        seconds = self.step_seconds.get(self.gan.side) or 1
+        remaining = sum((end - max(start, self.step)) * (self.step_seconds.get(side) or seconds) / seconds
+                        for side, start, end in self.gan.growth.plan(self.images_per_step, self.total_steps)
+                        if end > self.step)
+        return remaining * self.images_per_step / speed
 
     def _mean_metrics(self):
         """The means over the steps since the last line, read from the device; raises if one of them was not finite."""
@@ -194,7 +233,7 @@ class RunLog:
         vae, device, batch = self.gan.averaged, self.gan.device, self.config.batch_size
         decoded = [vae.decode_parts(z.to(device)) for z in self.noise.split(batch)]
         self._draw("samples", grid(torch.cat([part.images.cpu() for part in decoded]), columns=COLUMNS))
-        real = self.reals[:2 * COLUMNS]
+        real = averaged_to(self.reals[:2 * COLUMNS], self.gan.side)
         again = torch.cat([vae.decode(vae.encode(part.to(device))[0]).cpu() for part in real.split(batch)])
         rows = torch.cat([real[:COLUMNS], again[:COLUMNS], real[COLUMNS:], again[COLUMNS:]])
         self._draw("reconstructions", grid(rows, columns=COLUMNS))
@@ -212,8 +251,11 @@ class RunLog:
 
     @torch.no_grad()
     def measure(self):
-        """Logs the sliced Wasserstein distance between generated and real images; keeps the best generator as best.pt."""
-        if not self.is_rank_zero:
+        """Logs the sliced Wasserstein distance between generated and real images; keeps the best generator as best.pt.
+
+        Distances at different sizes cannot be compared, so nothing is done before images have their full size.
+        """
+        if not self.is_rank_zero or self.gan.side != self.gan.growth.sides[-1]:
             return
         started = time.perf_counter()
         seed, vae, before = self.config.seed, self.gan.averaged, read_metrics(self.out)
@@ -253,26 +295,48 @@ class RunLog:
                 "threads": self.threads, "config": dataclasses.asdict(self.config),
                 "model_arguments": self.config.model_arguments(), "pending_metrics": pending,
                 "preparation": preparation_for_file(self.data.resize_mode, self.data.levels),
-                "image_set": self.data.digest}
+                "image_set": self.data.digest, "first_side": self.gan.growth.sides[0], "learned_side": self.gan.side}
+
+    def keep_step(self):
+        """Saves and draws this step, where it was not its turn."""
+        if not self.is_due(self.config.checkpoint_every):
+            self.save()
+        if not self.is_due(self.config.sample_every):
+            self.draw_samples()
+
+    @contextlib.contextmanager
+    def lack_of_memory_said(self):
+        """Turns the error of a step for which memory is too small into a TrainingError."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"step {self.step + 1}: a step with {_text(self.gan.sizes[self.gan.side])} px does not fit into memory: "
+                f"{str(error).splitlines()[0]}. The newest checkpoint in {self.out / 'checkpoints'} is from before it; "
+                "a smaller --batch-size can go on from there") from None
 
     def finish(self):
         """Logs, saves and draws the last step, where it was not its turn, and prints how the run has ended."""
         if self.step > 0:
             if self.pending:
                 self._write_line()  # and keeps what is pending: the line is written anew when the run goes on
-            if not self.is_due(self.config.checkpoint_every):
-                self.save()
-            if not self.is_due(self.config.sample_every):
-                self.draw_samples()
-            elif self.is_rank_zero:
+            self.keep_step()
+            if self.is_due(self.config.sample_every) and self.is_rank_zero:
                 draw_curves(self.out)  # with the line just written
         again = "the same command without --fresh" if self.config.fresh else "the same command"
         if self.step == self.total_steps:
             say(f"done: {self.step} steps; look at {self.out / 'samples' / f'step_{self.step:07d}.png'}")
+            self._say_if_too_short()
         elif self.step > 0:
             say(f"stopped after step {self.step}, saved; {again} goes on from there")
         else:
             say("stopped before the first step, so there was nothing to save")
+
+
+def _text(size):
+    return size_text(plain_size(size))
 
 
 def append_metrics(folder, metrics):
@@ -289,7 +353,7 @@ def read_metrics(folder):
 def draw_curves(folder):
     """Draws the numbers of metrics.jsonl over the steps as curves.png, where matplotlib is installed and there are any."""
     lines = read_metrics(folder)
-    names = [name for name in dict.fromkeys(itertools.chain(*lines)) if name not in ("step", "images", "elapsed_seconds")]
+    names = [name for name in dict.fromkeys(itertools.chain(*lines)) if name not in NO_CURVES]
     if not names:
         return
     try:

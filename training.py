@@ -20,6 +20,7 @@ from data_report import check_data
 from demo_images import draw_demo_images
 from devices import DeviceError, keep_freed_memory, limit_threads, one_core_each, pick_device, start_threads
 from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
+from growth import averaged_to
 from image_data import DataError, as_float_images, as_image_set, batch_indices, load_images, to_device, to_device_if_it_fits
 from randomness import random_generator
 from resuming import RunFolderError, find_run, known_levels, resolve_settings
@@ -60,17 +61,24 @@ def train(config, *, data=None, interrupt=None, after_step=None):
             say(f"{log.out} has all of its {log.step} steps: nothing is left to do. A larger --steps goes on from here")
             return log.out
         images = to_device_if_it_fits(log.data.images, gan.device)
-        use_fast_paths(gan, images)
+        use_fast_layers(gan, report=say)
+        log.plan(lambda: training_step(gan, images, log.step, log.images_seen))
         if config.dry_run:
             metrics = training_step(gan, images, log.step, log.images_seen)
             say("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
             return log.out
+        use_faster_updates(gan, images)
         with log.opened(), one_core_each(threads if gan.device.type == "cpu" else []):
             signals.defer()
             if log.step == 0:
                 log.draw_samples()
             while log.step < log.total_steps and not signals.received_by_any():
-                metrics = training_step(gan, images, log.step, log.images_seen)
+                with log.lack_of_memory_said():
+                    if (side := gan.growth.side_at(log.images_seen)) != gan.side:
+                        log.keep_step()  # the last one of the size before
+                        gan.work_at(side)
+                        use_faster_updates(gan, images)
+                    metrics = training_step(gan, images, log.step, log.images_seen)
                 log.record(metrics)
                 if log.is_due(config.log_every):
                     log.write_metrics()
@@ -116,8 +124,8 @@ def critic_batch(gan, images, step, update, images_seen):
     generator = random_generator(config.seed, "critic", step, update)
     drawn = (torch.randn(n, config.latent_dim, generator=generator), torch.rand(n, 1, 1, 1, generator=generator),
              torch.rand(n, NUM_AUGMENT_NUMBERS, generator=generator))
-    return (as_float_images(images, distributed.shard(indices), gan.device),
-            *(to_device(distributed.shard(tensor), gan.device) for tensor in drawn))
+    real = as_float_images(images, distributed.shard(indices), gan.device)
+    return (averaged_to(real, gan.side), *(to_device(distributed.shard(tensor), gan.device) for tensor in drawn))
 
 
 def generator_batch(gan, real, step, images_seen):
@@ -126,9 +134,8 @@ def generator_batch(gan, real, step, images_seen):
     generator = random_generator(config.seed, "generator", step)
     drawn = (torch.randn(n, config.latent_dim, generator=generator), torch.randn(n, config.latent_dim, generator=generator),
              torch.rand(n, NUM_AUGMENT_NUMBERS, generator=generator))
-    half_life = min(config.ema_half_life_images, config.ema_ramp * images_seen)
-    ema_weight = torch.tensor(1 - 0.5 ** (n * config.critic_steps / half_life))
-    return (real, *(to_device(distributed.shard(tensor), gan.device) for tensor in drawn), to_device(ema_weight, gan.device))
+    return (real, *(to_device(distributed.shard(tensor), gan.device) for tensor in drawn),
+            to_device(torch.tensor(gan.ema_weight(images_seen)), gan.device))
 
 
 def _prepare(config, data):
@@ -153,17 +160,20 @@ def _prepare(config, data):
             channels, *sides = data.images.shape[1:]
             config = dataclasses.replace(config, data=identity, image_size=tuple(sides), channels=channels)
             config.check()
-        out, checkpoints, state = find_run(config, name=name, folder=folder)
-        config = resolve_settings(config, state, device)
+        out, checkpoints, state, start = find_run(config, name=name, folder=folder)
+        config = resolve_settings(config, state, start, device)
         data = data or load_images(
             config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad, channels=config.channels,
             resize_mode=config.resize_mode, levels=known_levels(config, state))
         try:
-            gan = GAN(config, device)
+            gan = GAN(config, device, first_side=(state or start or {}).get("first_side", 0))
         except RuntimeError as error:  # torch raises it when memory cannot be had
             raise TrainingError(f"networks of this size cannot be made here: {str(error).splitlines()[0]}") from None
         if state:
             gan.load_state(state)
+        elif start:
+            gan.begin_with(start)
+        gan.work_at(gan.growth.side_at(state["images_seen"] if state else 0))
     distributed.broadcast_(gan.tensors())
     return config, gan, RunLog(config, gan, data, out, checkpoints, state)
 
@@ -172,9 +182,8 @@ def _data_folder(config):
     return (draw_demo_images(DEMO_FOLDER) if config.demo else pathlib.Path(config.data).expanduser()).resolve()
 
 
-def use_fast_paths(gan, images):
-    """Uses faster layers, and faster updates as --compile says, each where it gives the same results."""
-    use_fast_layers(gan, report=say)
+def use_faster_updates(gan, images):
+    """Uses faster updates at the present size as --compile says, where they give the same results."""
     compiled = gan.config.compile == "on"
     # Collective operations have not been tried in a capture.
     captured = gan.config.compile != "off" and gan.device.type == "cuda" and distributed.world_size() == 1

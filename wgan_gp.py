@@ -8,7 +8,8 @@ import torch
 
 import distributed
 from augmentation import augment
-from checkpointing import check_tensors
+from checkpointing import CRITIC_ARGUMENTS, check_tensors
+from growth import growth_of
 from losses import combined_wasserstein_loss, generator_loss, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
 from randomness import random_generator
@@ -28,21 +29,38 @@ class GAN:
     Attributes:
         generator, critic: a VAE and a Discriminator, on `device`.
         averaged: a VAE in evaluation mode without gradients, whose weights are a moving average of the generator's.
+        sizes: (H, W) of each size that they can work at, by its shorter side, the smallest first.
+        growth: a Growth, the sizes that the run goes through.
         input_gradient: see losses.gradient_penalty; None for autograd.
     """
 
-    def __init__(self, config, device):
+    def __init__(self, config, device, *, first_side=0):
+        """first_side: as for growth.growth_of."""
         torch.manual_seed(random_generator(config.seed, "weights").initial_seed())
         self.config, self.device, self.input_gradient = config, device, None
         self.generator = VAE(**config.model_arguments()).to(device)
-        self.critic = Discriminator(image_size=config.image_size, channels=config.channels,
-                                    base_channels=config.base_channels).to(device)
+        self.critic = Discriminator(
+            **{name: value for name, value in config.model_arguments().items() if name in CRITIC_ARGUMENTS}).to(device)
         # Convolutions are fastest in channels_last. The CNN is left out: its input is made frame by frame.
-        for convolutions in (self.generator.encoder, self.generator.decoder, self.critic):
+        vae = self.generator
+        for convolutions in (vae.encoder, vae.inputs, vae.decoder, vae.outputs, self.critic):
             convolutions.to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.critic_optimizer = make_adam(self.critic, config.critic_learning_rate, config.adam_beta2)
         self.generator_optimizer = make_adam(self.generator, config.generator_learning_rate, config.adam_beta2)
+        self.sizes = {min(size): size for size in reversed(self.generator.image_sizes)}
+        self.growth = growth_of(config, first_side)
+        self.work_at(self.growth.sides[0])
+
+    def work_at(self, side):
+        """Sets the size of images, by their shorter side, that the generators draw and that updates are of."""
+        for generator in (self.generator, self.averaged):
+            generator.draw_at(side)
+
+    @property
+    def side(self):
+        """The size that work_at has set."""
+        return min(self.generator.image_shape[1:])
 
     def critic_update(self, real, z, mixing, augment_numbers):
         """Updates the critic once; returns its metrics, detached. Arguments as in critic_losses."""
@@ -125,6 +143,17 @@ class GAN:
                                 (self.critic_optimizer, config.critic_learning_rate)):
             optimizer.param_groups[0]["lr"].fill_(rate * factor)
 
+    def ema_weight(self, images_seen):
+        """Returns by how much the average moves towards the weights in a step after which so many images were seen.
+
+        Its half-life in images is config.ema_half_life_images, or config.ema_ramp times the images seen at this size where
+        that is less.
+        """
+        config = self.config
+        in_step = config.batch_size * config.critic_steps
+        at_this_size = self.growth.images_at_this_size(images_seen - in_step) + in_step
+        return 1 - 0.5 ** (in_step / min(config.ema_half_life_images, config.ema_ramp * at_this_size))
+
     def gradients(self):
         """Returns the gradient of the last update of each network, a dict of vectors: Adam's first moment, as beta1 is 0."""
         return {name: torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()])
@@ -150,6 +179,18 @@ class GAN:
             check_tensors(state[name], expected, name)
         for tensor, saved in zip(_leaves(own), _leaves({name: state[name] for name in own}), strict=True):
             tensor.copy_(saved)
+
+    def begin_with(self, state):
+        """Copies the averaged generator, and the critic where there is one, of what checkpointing.load_start returns.
+
+        Raises:
+            CheckpointError: a shape or type that does not fit, or what is not finite.
+        """
+        for name, source in (("generator", "averaged"), ("averaged", "averaged"), ("critic", "critic")):
+            own = getattr(self, name).state_dict()
+            check_tensors(state[source], {key: own.get(key) for key in state[source]}, source)
+            for key, saved in state[source].items():
+                own[key].copy_(saved)
 
     def state_bytes(self):
         """Returns the bytes of weights and optimizer state, about the size of a checkpoint."""

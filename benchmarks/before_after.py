@@ -1,8 +1,9 @@
 """Compares settings with each other, and this checkout with another one.
 
-    python benchmarks/before_after.py {layer,busy,rendering} [--before CHECKOUT] [--sizes 32 64 128]
+    python benchmarks/before_after.py {layer,growth,busy,rendering} [--before CHECKOUT] [--sizes 32 64 128]
 
 layer: what CNNParamTanh costs of a step, beside networks without it.
+growth: what a step at the full size costs after growing from 32 px, beside networks that begin at that size.
 busy: training alone, and beside one process that keeps a core busy.
 rendering: many images of one generator, by generate.py: frames of a walk, which are not coded, and files of single images.
 
@@ -24,6 +25,7 @@ HERE = pathlib.Path(__file__).resolve().parents[1]
 ROUNDS = 9
 READING = 0.5  # at least so many seconds between two readings of the clock
 BATCH = 16
+SMALLEST = 32  # pixels, where a growth begins
 RENDERED = {"frames": 1024, "files": 128}
 
 
@@ -64,8 +66,10 @@ def pieces_of_work():
         print("seconds", time.perf_counter() - started, flush=True)
 
 
-def train_steps(*, size, precision="auto", output_layer="cnn"):
-    """Each piece of work is a step of training on noise."""
+def train_steps(*, size, precision="auto", output_layer="cnn", grow_from=None):
+    """Each piece of work is a step of training on noise, from the third on at the full size."""
+    import dataclasses
+
     import torch
 
     import training
@@ -74,8 +78,11 @@ def train_steps(*, size, precision="auto", output_layer="cnn"):
     keep_freed_memory()
     pieces = pieces_of_work() if rows.is_first() else itertools.repeat(None)
     with tempfile.TemporaryDirectory() as out:
+        growth = {"grow_from": grow_from, "grow_every_images": 1}
+        known = {field.name for field in dataclasses.fields(Config)}  # of a checkout that may be an older one
         config = Config(data="noise", image_size=size, precision=precision, output_layer=output_layer, out=out,
-                        batch_size=BATCH, steps=10**9, sample_every=10**9, checkpoint_every=10**9)
+                        batch_size=BATCH, steps=10**9, sample_every=10**9, checkpoint_every=10**9,
+                        **{name: value for name, value in growth.items() if name in known})
         next(pieces)
         images = torch.randint(256, (1000, 3, size, size), dtype=torch.uint8)
         training.train(config, data=images, after_step=lambda step, metrics: next(pieces))
@@ -148,7 +155,20 @@ def rendering(checkouts, sizes):
             print(f"{name:8}{kind:16}{size:4} px{RENDERED[kind] / seconds:10.1f}{first / seconds:8.2f}", flush=True)
 
 
-TASKS = {"layer": (layer, train_steps), "busy": (busy, train_steps), "rendering": (rendering, render)}
+def growth(checkouts, sizes):
+    print(f"{'':24}{'size':>7}{'images/s':>10}{'grown':>10}{'ratio':>8}")
+    for size, precision in itertools.product((size for size in sizes if size > SMALLEST), ("float32", "bfloat16")):
+        found = {(name, grow_from): Row(checkout, "growth", size=size, precision=precision, grow_from=grow_from)
+                 for name, checkout in checkouts.items() for grow_from in (None, SMALLEST)}
+        take_turns(found.values(), "idle")
+        for name in checkouts:
+            seconds, grown = (found[name, grow_from].median("idle") for grow_from in (None, SMALLEST))
+            print(f"{name:8}{precision:16}{size:4} px{BATCH / seconds:10.1f}{BATCH / grown:10.1f}{seconds / grown:8.3f}",
+                  flush=True)
+
+
+TASKS = {"layer": (layer, train_steps), "growth": (growth, train_steps), "busy": (busy, train_steps),
+         "rendering": (rendering, render)}
 
 
 def main():

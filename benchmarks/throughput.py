@@ -280,10 +280,12 @@ def scale(setting):
         file.truncate(math.prod(shape))
         images = torch.from_file(file.name, size=math.prod(shape), dtype=torch.uint8).view(shape)
         keep_freed_memory()
-        config = Config(data="simulated", image_size=size, batch_size=batch, precision=pick_precision(DEVICE))
+        config = Config(data="simulated", image_size=size, grow_from=None, batch_size=batch,
+                        precision=pick_precision(DEVICE))
         gan = GAN(config, DEVICE)
         images = to_device_if_it_fits(images, DEVICE)
-        training.use_fast_paths(gan, images)
+        training.use_fast_layers(gan, report=print)
+        training.use_faster_updates(gan, images)
         times = []
         for step in range(3 + ROUNDS):  # a file just written, or read once, is in memory; one full of holes is not
             as_float_images(images, batch_indices(number, step * batch, batch, seed=0), DEVICE)
@@ -366,7 +368,7 @@ def main():
 
 def _config(data, size, batch, work, row):
     return Config(data=data, image_size=size, batch_size=batch, cache_dir=f"{work}/cache", out=f"{work}/run-{row}",
-                  steps=10**9, sample_every=10**9, checkpoint_every=10**9)
+                  grow_from=None, steps=10**9, sample_every=10**9, checkpoint_every=10**9)
 
 
 def run_all(config, options):

@@ -226,7 +226,7 @@ class RegularizedCritic(Discriminator):
 class PooledCritic(nn.Module):
     """Nothing of the Discriminator but its place."""
 
-    def __init__(self, *, image_size, channels, base_channels):
+    def __init__(self, *, channels, base_channels, **arguments):
         super().__init__()
         self.net = nn.Sequential(nn.Conv2d(channels, base_channels, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                                  nn.Linear(base_channels, 1))

@@ -289,7 +289,7 @@ def test_tensorboard_gets_the_numbers_of_the_log_and_the_pictures(train_tiny):
     run = train_tiny(steps=4, tensorboard=True, sample_every=2)
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert set(events.Tags()["scalars"]) == log[0].keys() - {"step", "images", "elapsed_seconds"}
+    assert set(events.Tags()["scalars"]) == log[0].keys() - {"step", "images", "image_size", "elapsed_seconds"}
     for name in events.Tags()["scalars"]:
         assert [(event.step, event.value) for event in events.Scalars(name)] == [
             (line["step"], pytest.approx(line[name], rel=1e-6)) for line in log]

@@ -1,0 +1,83 @@
+"""At which size a run trains: it begins with small images and doubles them after so many images."""
+import time
+from typing import NamedTuple
+
+from torch.nn import functional as F
+
+from devices import is_out_of_memory
+from image_sizes import SHORTER_SIDES, height_and_width
+
+QUICK = 2.0  # seconds: a first step, which prepares much, counts only where it takes longer
+
+
+class Growth(NamedTuple):
+    """The sizes that a run goes through. Which one a step has follows from the images seen before it, and from nothing else.
+
+    A size is named by its shorter side in pixels.
+    """
+
+    sides: tuple  # from the first to the last
+    every_images: int  # of each size but the last, which stays
+
+    def side_at(self, images_seen):
+        """Returns the size of a step before which so many images were seen."""
+        return self.sides[self._number(images_seen)]
+
+    def images_at_this_size(self, images_seen):
+        """Returns how many of the images seen were of the size of side_at."""
+        return images_seen - self._number(images_seen) * self.every_images
+
+    def plan(self, images_per_step, total_steps):
+        """Returns (side, first step, last step) of each size that a run of so many steps gets to."""
+        starts = [-(-index * self.every_images // images_per_step) for index in range(len(self.sides))]
+        ends = [*starts[1:], total_steps]
+        return [(side, start, min(end, total_steps)) for side, start, end in zip(self.sides, starts, ends, strict=True)
+                if start < total_steps]
+
+    def steps_for_all(self, images_per_step):
+        """Returns the steps of a run that has as many images of its last size as of each one before."""
+        return -(-len(self.sides) * self.every_images // images_per_step)
+
+    def _number(self, images_seen):
+        return min(images_seen // self.every_images, len(self.sides) - 1)
+
+
+def growth_of(config, first_side=0):
+    """Returns the Growth of a run with these settings whose images have at first that shorter side, or the smallest one."""
+    last = min(height_and_width(config.image_size))
+    first = max(config.grow_from or last, min(first_side, last))
+    return Growth(tuple(side for side in SHORTER_SIDES if first <= side <= last), config.grow_every_images)
+
+
+def averaged_to(images, shorter_side):
+    """Returns images (N, C, H, W) whose shorter side is averaged to that one, a whole part of it."""
+    factor = min(images.shape[2:]) // shorter_side
+    return F.avg_pool2d(images, factor) if factor > 1 else images
+
+
+def time_steps(gan, sides, take_step):
+    """Returns the seconds of a step at each of the sizes, None where memory is too small for it. The GAN keeps its state.
+
+    Args:
+        gan: a wgan_gp.GAN.
+        sides: by their shorter sides.
+        take_step: takes a step and returns its metrics.
+    """
+    saved, side_before, seconds = [tensor.clone() for tensor in gan.tensors()], gan.side, {}
+    for side in sides:
+        gan.work_at(side)
+        try:
+            for _ in range(2):
+                start = time.perf_counter()
+                next(iter(take_step().values())).item()  # waits for the device
+                seconds[side] = time.perf_counter() - start
+                if seconds[side] > QUICK:
+                    break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            seconds[side] = None
+    gan.work_at(side_before)
+    for tensor, before in zip(gan.tensors(), saved, strict=True):
+        tensor.copy_(before)
+    return seconds
