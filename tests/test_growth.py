@@ -258,10 +258,10 @@ def test_a_size_that_does_not_fit_into_memory_says_so_and_keeps_the_checkpoint_b
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 9 bytes")
         return take_step(gan, *arguments)
 
-    with monkeypatch.context() as patched, pytest.raises(
-            TrainingError, match="^step 4: a step with 64 px does not fit into memory: .*can't allocate.*batch-size"):
+    with monkeypatch.context() as patched:
         patched.setattr(training, "training_step", step)
-        train_tiny(steps=6, **GROWING)
+        with pytest.raises(TrainingError, match="^step 4: a step with 64 px does not fit into memory: .*can't allo.*batch"):
+            train_tiny(steps=6, **GROWING)
     assert "steps 4 to 6 at 64 px: does not fit into memory" in capfd.readouterr().out
     assert_same(newest(train_tiny(steps=6, **GROWING)), newest(train_tiny(steps=6, out="straight", **GROWING)))
 
