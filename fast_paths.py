@@ -79,7 +79,7 @@ def _compare_penalties(critic):
     """Yields the penalty by written_out_gradient and by autograd, and their gradients for the parameters, at each size."""
     critic = _moved_copy(critic)
     for sides in critic.image_sizes:
-        shape = critic.channels, *sides
+        shape = critic.image_shape[0], *sides
         real, fake, mixing = (torch.rand(size, dtype=torch.float64, generator=random_generator("fast paths", name))
                               for name, size in (("real", (2, *shape)), ("fake", (2, *shape)), ("mixing", (2, 1, 1, 1))))
         results = []

@@ -246,8 +246,7 @@ class VAE(nn.Module):
         super().__init__()
         if output_layer not in OUTPUT_LAYERS:
             raise ValueError(f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {output_layer!r}")
-        self.image_sizes, widths, smallest = _network_shapes(
-            image_size, channels, base_channels, base_size, grow_from)
+        self.image_sizes, widths, smallest = _network_shapes(image_size, channels, base_channels, base_size, grow_from)
         self.image_shape = channels, *self.image_sizes[0]
         self.latent_dim = latent_dim
         self.encoder = _downsampling_blocks(channels, widths)
@@ -318,19 +317,19 @@ class VAE(nn.Module):
         """Returns the decoder's image (N, C, H, W) before the sigmoid, at the size of image_shape."""
         if not self.outputs:
             return _at_least_float32(self.decoder(z))
+        draw = dict(zip(self.image_sizes, [self.decoder[-1], *self.outputs], strict=True))
         features, logits = z, None
         for layer in self.decoder:
-            if isinstance(layer, nn.ConvTranspose2d):
+            if isinstance(layer, nn.ConvTranspose2d):  # which doubles the size
                 sides = 2 * features.shape[-2], 2 * features.shape[-1]
-                if sides in self.image_sizes:
-                    level = self.image_sizes.index(sides)
-                    drawn = _at_least_float32((self.outputs[level - 1] if level else layer)(features))
+                if sides in draw:
+                    drawn = _at_least_float32(draw[sides](features))
                     with torch.autocast(z.device.type, enabled=False):
                         logits = drawn if logits is None else _resized(logits, *sides) + drawn
                 if sides == self.image_shape[1:]:
-                    return logits
+                    break
             features = layer(features)
-        raise AssertionError("the decoder does not reach the size of image_shape")
+        return logits
 
     def decode(self, z):
         """Returns images (N, C, H, W) in [0, 1] for z (N, Z)."""
@@ -359,6 +358,7 @@ class Discriminator(nn.Module):
 
     Attributes:
         image_sizes: as in VAE.
+        image_shape: (C, H, W) of the largest images.
 
     Shape: images (N, C, H, W) in [0, 1], of any of image_sizes, to scores (N,), higher for what looks real.
 
@@ -368,19 +368,18 @@ class Discriminator(nn.Module):
 
     def __init__(self, *, image_size=128, channels=3, base_channels=32, base_size=None, grow_from=None):
         super().__init__()
-        self.image_sizes, widths, smallest = _network_shapes(
-            image_size, channels, base_channels, base_size, grow_from)
-        self.channels = channels
+        self.image_sizes, widths, smallest = _network_shapes(image_size, channels, base_channels, base_size, grow_from)
+        self.image_shape = channels, *self.image_sizes[0]
         self.blocks = _downsampling_blocks(channels, widths)
         self.inputs = nn.ModuleList(_from_image(channels, width) for width in widths[1:len(self.image_sizes)])
         self.score = nn.Linear(math.prod(smallest), 1, bias=False)
         _initialise_downsampling(self.blocks, self.inputs)
 
     def extra_repr(self):
-        return f"{_shape((self.channels, *self.image_sizes[0]))} -> (N,)"
+        return f"{_shape(self.image_shape)} -> (N,)"
 
     def forward(self, images):
-        _check_images(images, self.channels, self.image_sizes)
+        _check_images(images, self.image_shape[0], self.image_sizes)
         features = downsample(self.blocks, self.inputs, 2 * images - 1, self.image_sizes)
         return self.scale(images) * _at_least_float32(self.score(features.flatten(1)).squeeze(1))
 

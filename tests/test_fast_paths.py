@@ -141,18 +141,21 @@ def test_a_machine_without_a_compiler_trains_all_the_same(train_tiny, monkeypatc
 
 
 @pytest.mark.nightly
-def test_a_compiled_run_is_the_plain_one_and_resumes_exactly(train_tiny, capfd):
-    straight, cut = train_tiny(steps=4, out="straight", compile="on"), train_tiny(steps=2, out="cut", compile="on")
-    assert_same(newest(straight), newest(train_tiny(steps=4, out="cut", compile="on")))
+@pytest.mark.parametrize("settings", [{}, {"image_size": 64, "grow_every_images": 8}])
+def test_a_compiled_run_is_the_plain_one_and_resumes_exactly(train_tiny, capfd, settings):
+    compiled = {"compile": "on", **settings}
+    straight, cut = train_tiny(steps=4, out="straight", **compiled), train_tiny(steps=2, out="cut", **compiled)
+    assert_same(newest(straight), newest(train_tiny(steps=4, out="cut", **compiled)))
     assert metrics(straight) == metrics(cut)
     assert "without --compile" not in capfd.readouterr().out
-    plain = newest(train_tiny(steps=4, out="plain"))["averaged"]
+    plain = newest(train_tiny(steps=4, out="plain", **settings))["averaged"]
     for name, value in newest(straight)["averaged"].items():
         torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("settings", [{}, {"augment": True, "critic_steps": 2}, {"precision": "bfloat16"}])
+@pytest.mark.parametrize("settings", [{}, {"augment": True, "critic_steps": 2}, {"precision": "bfloat16"},
+                                      {"image_size": 64, "grow_every_images": 12}])
 def test_a_captured_run_is_the_plain_one_and_resumes(train_tiny, capfd, settings):
     settings = {"device": "cuda", **settings}
     straight, cut = train_tiny(steps=4, out="straight", **settings), train_tiny(steps=2, out="cut", **settings)
