@@ -216,6 +216,21 @@ class StaticParamTanh(nn.Module):
         return self.parts(images)[-1]
 
 
+class SmoothEnlargement(nn.ConvTranspose2d):
+    """Maps (N, F, H, W) to images (N, C, 2H, 2W): each pixel doubled, and then a 3 x 3 convolution, as one operation.
+
+    The 16 free weights of a ConvTranspose2d of 4 x 4 can add up to four different numbers for the four pixels that come from
+    one, and training leaves such a chequerboard. Here each of 9 weights is four of the 16, so that the sums are equal.
+    """
+
+    def __init__(self, width, channels):
+        super().__init__(width, channels, 3, stride=2, padding=1)
+
+    def forward(self, features):
+        weights = 4 * F.avg_pool2d(F.pad(self.weight, (1, 1, 1, 1)), 2, stride=1)
+        return F.conv_transpose2d(features, weights, self.bias, stride=2, padding=1)
+
+
 class VAE(nn.Module):
     """The generator: a variational autoencoder whose decoder ends in a CNNParamTanh layer.
 
@@ -257,8 +272,11 @@ class VAE(nn.Module):
         layers = [nn.Linear(latent_dim, features), nn.ReLU(), nn.Unflatten(1, smallest)]
         for wide, narrow in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True):
             layers += [nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1), nn.ReLU()]
-        self.decoder = nn.Sequential(*layers, _to_image(widths[0], channels))
-        self.outputs = nn.ModuleList(_to_image(width, channels) for width in widths[1:len(self.image_sizes)])
+        drawn = widths[:len(self.image_sizes)]
+        outputs = [SmoothEnlargement(width, channels) for width in drawn[:-1]]
+        outputs.append(nn.ConvTranspose2d(drawn[-1], channels, 4, stride=2, padding=1))
+        self.decoder = nn.Sequential(*layers, outputs[0])
+        self.outputs = nn.ModuleList(outputs[1:])
         layer = {"image_size": self.image_shape[1:], "channels": channels, "alpha_grid": alpha_grid}
         if output_layer == "cnn":
             self.output_layer = CNNParamTanh(num_frames=num_frames, **layer)
@@ -270,14 +288,14 @@ class VAE(nn.Module):
 
     def reset_parameters(self):
         _initialise_downsampling(self.encoder, self.inputs)
-        _initialise(self.decoder)
-        _initialise(self.outputs)
-        first, *later = [*reversed(self.outputs), self.decoder[-1]]  # by the size that they draw
+        *later, first = self.decoder[-1], *self.outputs  # by the size that they draw
+        _initialise([*self.decoder[:-1], first])
         # The first images are mid grey with every output layer, so that layers are compared from the same start.
         grey = 0.5 if self.output_layer is None else math.atanh(0.5) / INITIAL_ALPHA
         nn.init.constant_(first.bias, math.log(grey / (1 - grey)))
         for layer in later:
             nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def extra_repr(self):
         return f"images {_shape(self.image_shape)}, z (N, {self.latent_dim})"
@@ -471,10 +489,6 @@ def _downsampling_blocks(channels, widths):
 
 def _from_image(channels, width):
     return nn.Conv2d(channels, width, 3, padding=1)
-
-
-def _to_image(width, channels):
-    return nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1)
 
 
 def _initialise_downsampling(blocks, inputs):

@@ -3,11 +3,22 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import config
 from image_sizes import SHORTER_SIDES
 from losses import generator_loss, kl_divergence, reconstruction_loss
-from model_definitions import CNN, LOGVAR_RANGE, OUTPUT_LAYERS, VAE, CNNParamTanh, Discriminator, StaticParamTanh, alpha_map
+from model_definitions import (
+    CNN,
+    LOGVAR_RANGE,
+    OUTPUT_LAYERS,
+    VAE,
+    CNNParamTanh,
+    Discriminator,
+    SmoothEnlargement,
+    StaticParamTanh,
+    alpha_map,
+)
 from synthetic_video import synthetic_video
 
 
@@ -380,3 +391,11 @@ def test_an_output_layer_can_be_transformed_by_torch_func(network):
     network(images).sum().backward()
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_smooth_enlargement_is_a_convolution_of_doubled_pixels():
+    layer = SmoothEnlargement(5, 3).double()
+    features = torch.randn(2, 5, 6, 7, dtype=torch.float64)
+    doubled = F.interpolate(features, scale_factor=2, mode="nearest")
+    expected = F.conv2d(doubled, layer.weight.flip(2, 3).transpose(0, 1), layer.bias, padding=1)
+    torch.testing.assert_close(layer(features), expected, atol=1e-12, rtol=0)
