@@ -17,6 +17,7 @@ from randomness import random_generator
 # Momentum in the critic's gradient unsettles the penalty (Gulrajani et al. 2017). GAN.gradients and the skipping of updates
 # that are not finite rest on this 0: Adam's first moment is then the last gradient.
 ADAM_BETA1 = 0.0
+AFTER_GROWTH = 0.5  # the half-life of the average, at most, as a part of the images of the newest size
 NETWORKS = ("generator", "averaged", "critic")
 
 
@@ -146,13 +147,16 @@ class GAN:
     def ema_weight(self, images_seen):
         """Returns by how much the average moves towards the weights in a step after which so many images were seen.
 
-        Its half-life in images is config.ema_half_life_images, or config.ema_ramp times the images seen at this size where
-        that is less.
+        Its half-life in images is config.ema_half_life_images, at most config.ema_ramp times the images seen. After a growth
+        it is at most half the images of this size, so that the start of what draws it is soon forgotten.
         """
         config = self.config
         in_step = config.batch_size * config.critic_steps
+        half_life = min(config.ema_half_life_images, config.ema_ramp * images_seen)
         at_this_size = self.growth.images_at_this_size(images_seen - in_step) + in_step
-        return 1 - 0.5 ** (in_step / min(config.ema_half_life_images, config.ema_ramp * at_this_size))
+        if at_this_size < images_seen:
+            half_life = min(half_life, AFTER_GROWTH * at_this_size)
+        return 1 - 0.5 ** (in_step / half_life)
 
     def gradients(self):
         """Returns the gradient of the last update of each network, a dict of vectors: Adam's first moment, as beta1 is 0."""

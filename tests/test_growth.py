@@ -200,12 +200,13 @@ def test_a_generator_draws_at_the_size_it_has_learned(train_tiny, image_folder):
     assert generate.time_lapse(run).shape == (6, 3, 8 * 66 + 2, 8 * 66 + 2)
 
 
-def test_the_average_starts_anew_at_a_growth():
+def test_the_average_soon_forgets_what_was_before_a_growth():
     gan = tiny_gan(image_size=64, grow_every_images=400, ema_ramp=0.1)
     assert gan.ema_weight(400) == 1 - 0.5 ** (4 / 40)  # the last step before
-    assert gan.ema_weight(404) == 1 - 0.5 ** (4 / 0.4)
-    assert gan.ema_weight(800) == 1 - 0.5 ** (4 / 40)
-    assert gan.ema_weight(1200) == 1 - 0.5 ** (4 / 80)
+    assert gan.ema_weight(404) == 1 - 0.5 ** (4 / 2)
+    assert gan.ema_weight(408) == 1 - 0.5 ** (4 / 4)
+    assert gan.ema_weight(800) == 1 - 0.5 ** (4 / 80)
+    assert gan.ema_weight(1200) == 1 - 0.5 ** (4 / 120)
 
 
 def test_a_plan_names_each_size_that_a_run_gets_to():
