@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import distributed
 from losses import gradient_penalty
-from model_definitions import CNNParamTanh
+from model_definitions import CNNParamTanh, halved
 from randomness import random_generator
 from synthetic_video import frame_matrices, synthetic_video
 
@@ -119,23 +119,22 @@ def written_out_gradient(critic, images):
 
     The score is piecewise linear in the image, so its gradient is the last weights passed backwards through the transposed
     layers, through the max-pool and ReLU choices of the forward pass, and out at every size at which the critic sees the
-    image. Written as a forward computation, it can be
-    differentiated with respect to the weights by one ordinary backward pass, in half the time of a second backward through
-    autograd.
+    image. Written as a forward computation, it can be differentiated with respect to the weights by one ordinary backward
+    pass, in half the time of a second backward through autograd.
     """
-    images, path, features = 2 * images - 1, [], None
+    images, path = 2 * images - 1, []
     plain = torch.autocast(images.device.type, enabled=False)  # autocast would unpool in float32
     level, scale = critic.image_sizes.index(tuple(images.shape[-2:])), critic.scale(images)
     convolutions = [layer for layer in critic.blocks if isinstance(layer, nn.Conv2d)]
     inputs = [convolutions[0], *critic.inputs][level:]  # for images of this size and for those averaged to smaller ones
-    convolutions = convolutions[level:]
+    convolutions, features = [inputs[0], *convolutions[level + 1:]], images
     with torch.no_grad():
         for index, convolution in enumerate(convolutions):
-            parts = [] if features is None else [_convolved(features, convolution)]
-            if index < len(inputs):
-                images = F.avg_pool2d(images, 2) if index else images
-                parts.append(_convolved(images, inputs[index]))
-            pooled, indices = F.max_pool2d(sum(parts[1:], parts[0]), 2, return_indices=True)
+            maps = _convolved(features, convolution)
+            if 0 < index < len(inputs):
+                images = halved(images)
+                maps += _convolved(images, inputs[index])
+            pooled, indices = F.max_pool2d(maps, 2, return_indices=True)
             features = pooled.relu()
             with plain:
                 path.append(F.max_unpool2d((pooled > 0).to(pooled.dtype), indices, 2))

@@ -29,6 +29,7 @@ NUM_SAMPLES = 64
 NUM_MEASURED = 500
 COLUMNS = 8  # of the grids
 CURVES_PER_ROW = 3
+GROWING_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # its own time left knows one speed
 NO_CURVES = ("step", "images", "image_size", "elapsed_seconds")
 
 
@@ -150,7 +151,8 @@ class RunLog:
                     self.tensorboard = held.enter_context(SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1))
             self.progress = held.enter_context(tqdm(
                 total=self.total_steps * self.images_per_step, unit=" images", unit_scale=True, smoothing=0.05,
-                initial=self.step * self.images_per_step, disable=None if self.is_rank_zero else True))
+                initial=self.step * self.images_per_step, disable=None if self.is_rank_zero else True,
+                bar_format=GROWING_BAR if len(self.gan.growth.sides) > 1 else None))
             self.start = self.last_line = time.perf_counter()
             yield
 
@@ -189,12 +191,12 @@ class RunLog:
         self._add_to_tensorboard(metrics)
         shown = {short: f"{metrics[name]:.3g}" for short, name in (
             ("W", "wasserstein_distance"), ("GP", "gradient_penalty"), ("rec", "reconstruction")) if name in metrics}
-        left = self._seconds_left(speed) if speed else None
+        left = tqdm.format_interval(self._seconds_left(speed)) if speed else "?"
         shown = {"px": _text(self.gan.sizes[self.gan.side])} | shown if len(self.gan.sizes) > 1 else shown
         if self.progress.disable:  # not a terminal: lines instead of a bar
             say(f"step {self.step}/{self.total_steps}  " + "  ".join(f"{name} {value}" for name, value in shown.items())
-                + f"  {speed:.1f} images/s" + (f"  {tqdm.format_interval(left)} left" if speed else ""))
-        self.progress.set_postfix(shown, refresh=False)
+                + f"  {speed:.1f} images/s  {left} left")
+        self.progress.set_postfix(shown | ({"left": left} if len(self.gan.growth.sides) > 1 else {}), refresh=False)
 
     def _seconds_left(self, speed):
         """By images per second now, and by how much slower steps of the sizes to come were when they were tried."""

@@ -57,10 +57,10 @@ def enlarged(images):
 
 
 @pytest.mark.parametrize("output_layer", ["cnn", "static", "none"])
-@pytest.mark.parametrize(("size", "channels"), SHAPES)
+@pytest.mark.parametrize(("size", "channels"), [*SHAPES, (512, 3), ((256, 320), 4)])
 def test_the_networks_compute_the_same_at_the_next_size(size, channels, output_layer):
     torch.manual_seed(0)
-    arguments = {"image_size": size, "channels": channels, "base_channels": 4, "grow_from": 32}
+    arguments = {"image_size": size, "channels": channels, "base_channels": 2, "grow_from": 32}
     vae = moved(VAE(latent_dim=8, num_frames=3, alpha_grid=4, output_layer=output_layer, **arguments))
     critic = moved(Discriminator(**arguments))
     z = torch.randn(2, 8, dtype=torch.float64)
@@ -113,11 +113,11 @@ def test_the_faster_penalty_is_compared_at_every_size(monkeypatch):
     assert "the penalty by double backward" in said[0]
 
 
-@pytest.mark.parametrize("output_layer", ["cnn", "none"])
-def test_two_updates_after_a_growth_every_weight_of_the_size_has_moved_and_no_other(output_layer):
-    gan = tiny_gan(image_size=128, grow_from=32, output_layer=output_layer)
+@pytest.mark.parametrize(("output_layer", "channels", "width"), [("cnn", 3, 128), ("static", 1, 224), ("none", 4, 160)])
+def test_two_updates_after_a_growth_every_weight_of_the_size_has_moved_and_no_other(output_layer, channels, width):
+    gan = tiny_gan(image_size=(128, width), grow_from=32, output_layer=output_layer, channels=channels)
     use_fast_layers(gan, report=pytest.fail)
-    images = torch.randint(256, (20, 3, 128, 128), dtype=torch.uint8)
+    images = torch.randint(256, (20, channels, 128, width), dtype=torch.uint8)
     for side in (32, 64, 128):
         gan.work_at(side)
         before = {name: {key: value.clone() for key, value in getattr(gan, name).named_parameters()}
