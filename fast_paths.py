@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import distributed
 from losses import gradient_penalty
-from model_definitions import CNNParamTanh, halved
+from model_definitions import CNNParamTanh, halved, resized
 from randomness import random_generator
 from synthetic_video import frame_matrices, synthetic_video
 
@@ -93,7 +93,7 @@ def _compare_penalties(critic):
 def _compare_layers(layer):
     """Returns alpha and images by parts_without_video and by the layer, and gradients for its input and its parameters."""
     layer = _moved_copy(layer).requires_grad_()
-    channels, *sides = layer.cnn.video_shape[1:]
+    channels, *sides = layer.image_shape
     shape = 2, channels, *(min(side, LARGEST_COMPARED) for side in sides)
     images = torch.rand(shape, dtype=torch.float64, generator=random_generator("fast paths", "layer")).requires_grad_()
     results = []
@@ -161,8 +161,9 @@ def parts_without_video(layer, images):
     conv, dtype = layer.cnn.conv, images.dtype
     if torch.is_autocast_enabled(images.device.type):
         dtype = torch.get_autocast_dtype(images.device.type)
-    maps = VideoConvolution.apply(*(tensor.to(dtype) for tensor in (images, conv.weight, conv.bias)), layer.num_frames)
-    alpha = layer.cnn.predict(maps)
+    averaged = layer.averaged(images)
+    maps = VideoConvolution.apply(*(tensor.to(dtype) for tensor in (averaged, conv.weight, conv.bias)), layer.num_frames)
+    alpha = resized(layer.cnn.predict(maps), *images.shape[-2:])
     return None, alpha, torch.tanh(alpha * images)
 
 

@@ -12,7 +12,8 @@ of their input, any from 16 pixels a side on.
 With grow_from, VAE and Discriminator can work at smaller sizes too, from that one on, each twice the one before. Whatever
 the size, the maps of 4 px and those around them are the same. Encoder and critic take an image at the block for its size,
 and the blocks after that see it too, averaged to their size. The decoder's image is the sum of what it draws at every size,
-the smaller ones enlarged. What a larger size adds starts at zero, so that training can go on from one size to the next.
+the smaller ones enlarged. What a larger size adds starts at zero, so that training can go on from one size to the next. The
+CNN's video always has the smallest size, and alpha is enlarged: a video of 64 px or more would cost more than the decoder.
 
 This file is plain PyTorch and can be changed freely: faster forms of these computations are in fast_paths.py and are used
 only where they give the same numbers. There is no batch normalization, because the gradient penalty treats each sample on
@@ -43,7 +44,7 @@ class Decoded(NamedTuple):
     """What VAE.decode_parts returns; `video` and `alpha` are None where the output layer has none."""
 
     before: torch.Tensor  # (N, C, H, W) in (0, 1), the decoder's output
-    video: torch.Tensor | None  # (N, T, C, H, W), the CNN's input; None in training on a CPU too, see fast_paths.py
+    video: torch.Tensor | None  # (N, T, C, h, w), the CNN's input; None in training on a CPU too, see fast_paths.py
     alpha: torch.Tensor | None  # (N, 1, H, W), positive
     images: torch.Tensor  # (N, C, H, W) in [0, 1], the output
 
@@ -56,18 +57,21 @@ def alpha_map(grid, height, width):
     """
     with torch.autocast(grid.device.type, enabled=False):
         alpha = F.softplus(_at_least_float32(grid) + math.log(math.expm1(INITIAL_ALPHA)))
-        return _resized(alpha, height, width).unsqueeze(1)
+        return resized(alpha, height, width).unsqueeze(1)
 
 
-def _resized(images, height, width):
+def resized(images, height, width):
     """Returns images (..., H, W) of another size: enlarged by linear interpolation, reduced by averaging, each side so."""
-    rows, columns = (_resizing_matrix(size, cells, like=images)
-                     for size, cells in zip((height, width), images.shape[-2:], strict=True))
-    return rows @ images @ columns.T
+    if images.shape[-2:] == (height, width):
+        return images
+    with torch.autocast(images.device.type, enabled=False):
+        rows, columns = (_resizing_matrix(size, cells, like=images)
+                         for size, cells in zip((height, width), images.shape[-2:], strict=True))
+        return rows @ images @ columns.T
 
 
 def _resizing_matrix(size, cells, *, like):
-    """The matrix (size, cells) that _resized multiplies a line with."""
+    """The matrix (size, cells) that resized multiplies a line with."""
     pixels = torch.arange(size, device=like.device, dtype=like.dtype)
     if cells <= size:
         return interpolation_matrix((pixels + 0.5) * cells / size - 0.5, cells)  # pixel centres, counted in cells
@@ -152,21 +156,27 @@ class CNNParamTanh(nn.Module):
 
     Args:
         image_size, channels, num_frames, alpha_grid: as in CNN.
+        video_size: H and W of the video; larger images are averaged to it. By default it is the size of the images.
 
-    Shape: images (N, C, H, W), optionally video (N, T, C, H, W), to (N, C, H, W) in [0, 1].
+    Shape: images (N, C, H, W), optionally video (N, T, C, h, w), to (N, C, H, W) in [0, 1].
 
     Raises:
         ValueError: images of another shape or type, or, on a CPU, outside [0, 1].
     """
 
-    def __init__(self, *, image_size=128, channels=3, num_frames=16, alpha_grid=16):
+    def __init__(self, *, image_size=128, channels=3, num_frames=16, alpha_grid=16, video_size=None):
         super().__init__()
-        self.num_frames = num_frames
-        self.cnn = CNN(image_size=image_size, channels=channels, num_frames=num_frames, alpha_grid=alpha_grid)
+        self.num_frames, self.video_size = num_frames, as_pair(video_size) if video_size else None
+        self.image_shape = _layer_shape(image_size, channels, alpha_grid)
+        self.cnn = CNN(image_size=video_size or image_size, channels=channels, num_frames=num_frames, alpha_grid=alpha_grid)
 
     def extra_repr(self):
-        shape = _shape(self.cnn.video_shape[1:])
+        shape = _shape(self.image_shape)
         return f"{shape} -> {shape}, num_frames={self.num_frames}"
+
+    def averaged(self, images):
+        """Returns the images (N, C, h, w) that the video is made of."""
+        return resized(images, *map(min, self.video_size, images.shape[-2:])) if self.video_size else images
 
     def parts(self, images):
         """Returns (video, alpha, images after the layer)."""
@@ -174,14 +184,16 @@ class CNNParamTanh(nn.Module):
         device, dtype = images.device.type, self.cnn.conv.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        video = synthetic_video(images.to(dtype), self.num_frames)
-        alpha = self.cnn(video)
+        video = synthetic_video(self.averaged(images).to(dtype), self.num_frames)
+        alpha = resized(self.cnn(video), *images.shape[-2:])
         return video, alpha, torch.tanh(alpha * images)
 
     def forward(self, images, video=None):
-        _check_images(images, self.cnn.video_shape[1])
+        _check_images(images, self.image_shape[0])
         _check_range(images)
-        return self.parts(images)[-1] if video is None else torch.tanh(self.cnn(video) * images)
+        if video is None:
+            return self.parts(images)[-1]
+        return torch.tanh(resized(self.cnn(video), *images.shape[-2:]) * images)
 
 
 class StaticParamTanh(nn.Module):
@@ -279,7 +291,7 @@ class VAE(nn.Module):
         self.outputs = nn.ModuleList(outputs[1:])
         layer = {"image_size": self.image_shape[1:], "channels": channels, "alpha_grid": alpha_grid}
         if output_layer == "cnn":
-            self.output_layer = CNNParamTanh(num_frames=num_frames, **layer)
+            self.output_layer = CNNParamTanh(num_frames=num_frames, video_size=self.image_sizes[-1], **layer)
         elif output_layer == "static":
             self.output_layer = StaticParamTanh(**layer)
         else:
@@ -342,8 +354,7 @@ class VAE(nn.Module):
                 sides = 2 * features.shape[-2], 2 * features.shape[-1]
                 if sides in draw:
                     drawn = _at_least_float32(draw[sides](features))
-                    with torch.autocast(z.device.type, enabled=False):
-                        logits = drawn if logits is None else _resized(logits, *sides) + drawn
+                    logits = drawn if logits is None else resized(logits, *sides) + drawn
                 if sides == self.image_shape[1:]:
                     break
             features = layer(features)
