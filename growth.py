@@ -2,10 +2,9 @@
 import time
 from typing import NamedTuple
 
-from torch.nn import functional as F
-
 from devices import is_out_of_memory
 from image_sizes import SHORTER_SIDES, height_and_width
+from model_definitions import halved
 
 QUICK = 2.0  # seconds: a first step, which prepares much, counts only where it takes longer
 
@@ -50,9 +49,10 @@ def growth_of(config, first_side=0):
 
 
 def averaged_to(images, shorter_side):
-    """Returns images (N, C, H, W) whose shorter side is averaged to that one, a whole part of it."""
-    factor = min(images.shape[2:]) // shorter_side
-    return F.avg_pool2d(images, factor) if factor > 1 else images
+    """Returns images (N, C, H, W) whose shorter side is halved by averaging until it is that one."""
+    while min(images.shape[2:]) > shorter_side:
+        images = halved(images)
+    return images
 
 
 def time_steps(gan, sides, take_step):

@@ -36,6 +36,7 @@ from model_definitions import VAE, Discriminator
 from randomness import random_generator
 from resuming import RunFolderError
 from run_log import TrainingError
+from synthetic_video import synthetic_video
 from wgan_gp import GAN
 
 GROWING = {"image_size": 64, "grow_from": 32, "grow_every_images": 12}  # 32 px in the first three steps of a tiny run
@@ -77,6 +78,19 @@ def test_the_networks_compute_the_same_at_the_next_size(size, channels, output_l
         torch.testing.assert_close(critic(images), 2 * critic(averaged_to(images, min(small))), atol=1e-12, rtol=0)
         far = (before[1].images - enlarged(before[0].images)).abs().mean().item()
         print(f"{small} to {large}, {channels} channels, {output_layer}: images change by {far:.5f}")
+
+
+@pytest.mark.parametrize(("size", "channels"), SHAPES)
+def test_the_video_has_the_smallest_size_and_alpha_that_of_the_image(size, channels):
+    vae = moved(VAE(image_size=size, channels=channels, base_channels=2, latent_dim=8, num_frames=3, grow_from=32))
+    for sides in vae.image_sizes:
+        vae.draw_at(min(sides))
+        before, video, alpha, images = vae.decode_parts(torch.randn(2, 8, dtype=torch.float64))
+        layer, small = vae.output_layer, averaged_to(before, 32)
+        for actual, expected in ((video, synthetic_video(small, 3)),
+                                 (alpha, F.interpolate(layer.cnn(video), sides, mode="bilinear")),
+                                 (layer(before, video), images)):
+            torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(("size", "channels"), SHAPES)

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "checkpointing": {"torch", "image_sizes", "model_definitions", "safe_files"},
     "image_metrics": {"torch", "torch_fidelity", "pictures"},
     "latent_paths": {"torch", "tqdm", "checkpointing", "image_files", "model_definitions", "randomness"},
-    "growth": {"torch", "devices", "image_sizes"},
+    "growth": {"devices", "image_sizes", "model_definitions"},
     "wgan_gp": {"torch", "augmentation", "checkpointing", "distributed", "growth", "losses", "model_definitions",
                 "randomness"},
     "fast_paths": {"torch", "distributed", "losses", "model_definitions", "randomness", "synthetic_video"},
