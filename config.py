@@ -15,7 +15,7 @@ KINDS = {tuple: "a size", bool: "true or false", int: "a whole number", float: "
 def option(default, group, help, *, metavar=None, choices=None, minimum=None, above=None, maximum=None):
     """Returns a field of Settings: its default, the heading it stands under in --help, and the values it may have.
 
-    A list of values has a tuple of as many metavars.
+    A list of values has a tuple of as many metavars, or one metavar for any number of values.
     """
     metadata = {"group": group, "help": help, "metavar": metavar, "choices": choices, "minimum": minimum, "above": above,
                 "maximum": maximum}
@@ -214,7 +214,7 @@ def add_options(parser, settings):
         shown = "" if field.default is None else f" (default: {field.default:{'g' if kind is float else ''}})"
         how = {"action": "store_true"} if kind is bool else {"type": _lenient(kind), "metavar": metavar}
         if kind is list:
-            how = {"nargs": len(metavar), "metavar": metavar}
+            how = {"nargs": "+" if isinstance(metavar, str) else len(metavar), "metavar": metavar}
         groups[rule["group"]].add_argument(option_name(field.name), default=field.default,
                                            help=rule["help"] + ("" if kind is bool else shown), **how)
 

@@ -1,12 +1,17 @@
-"""Pictures and clips from a trained generator: python generate.py runs/images --clip walk
+"""Pictures, clips and films from a trained generator: python generate.py runs/images --video 10
 
 Image i is a function of the seed, i and the generator; how many are asked for changes it by rounding alone. With the seed of
 the run, the first 64 images are those of its sample grids.
 """
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import math
+import os
 import pathlib
+import re
+import signal
 import sys
 
 import torch
@@ -16,18 +21,24 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from checkpointing import CheckpointError, export_generator, load_generator
-from config import DEVICES, Settings, add_options, missing_package, option, option_name, source_and_options
-from console import print_error, program_output, say
+from config import DEVICES, Settings, add_options, option, option_name, source_and_options
+from console import Interrupt, print_error, program_output, say
 from devices import DeviceError, keep_freed_memory, limit_threads, pick_device
 from fast_paths import use_fast_output_layers
+from image_data import find_images
 from image_files import DataError
-from latent_paths import decode_each, encode_photo, frames_of, morph, walk
-from pictures import CLIP_FORMATS, PictureError, alpha_picture, enlarge, grid, save_clip, save_picture
+from latent_paths import decode_each, encode_photo, images_of, steady_loop, walk
+from pictures import PictureError, alpha_picture, enlarge, grid, save_picture
 from randomness import latent_noise
 from synthetic_video import synthetic_video
+from video_files import CLIP_FORMATS, FASTEST_GIF, mp4_fault, save_clip
 
 MANY = 256  # images, after which the faster layer has made up for the time that its preparation takes
-KINDS = ("clip", "animate", "morph", "alpha_maps", "timelapse", "export")  # instead of single images
+KINDS = ("video", "clip", "animate", "morph", "alpha_maps", "timelapse", "export")  # instead of single images
+SECONDS_PER_KEYFRAME = 2
+FILM_RATE, CLIP_RATE = 30, 8  # frames per second
+MOST_NUMBERS = 1_000_000  # of images named by --images or --seeds
+LONG = 1.5  # times the length of noise: latent vectors from here on are far outside of what training has seen
 
 
 class GenerateError(ValueError):
@@ -39,19 +50,31 @@ class Options(Settings):
     """What generate.py can be told."""
 
     num_images: int = option(16, "what", "images, or clips, or rows of alpha maps", metavar="N", minimum=1)
-    grid: bool = option(False, "what", "all of them in one picture, or in one clip")
+    images: str | None = option(None, "what", "just these images of the seed, in place of the first ones",
+                                metavar="57,100-120")
+    seeds: str | None = option(None, "what", "image 0 of each of these seeds, in place of several of one", metavar="1,5-9")
+    grid: bool = option(False, "what", "all of them in one picture, clip or film")
+    video: float | None = option(None, "what", "a film that ends where it began, through several images or --keyframes",
+                                 metavar="SECONDS", above=0)
+    num_keyframes: int | None = option(None, "what", "images that a film goes through (default: one every "
+                                       f"{SECONDS_PER_KEYFRAME} seconds)", metavar="N", minimum=1)
+    keyframes: list | None = option(None, "what", "photos of your own, or folders of them, for a film to go through",
+                                    metavar="PHOTO")
     clip: str | None = option(None, "what", "walk: around each image through the latent space and back to it; synthetic: "
                                             "the synthetic video of each image", choices=("walk", "synthetic"))
-    animate: str | None = option(None, "what", "encode a photo of your own, and walk around it", metavar="PHOTO")
-    morph: list | None = option(None, "what", "from one photo to another and back", metavar=("PHOTO", "PHOTO"))
+    animate: str | None = option(None, "what", "a short film around a photo of your own", metavar="PHOTO")
+    morph: list | None = option(None, "what", "a short film from one photo to another and back", metavar=("PHOTO", "PHOTO"))
     alpha_maps: bool = option(False, "what", "each image before the output layer, alpha as a heat map, the image after")
     timelapse: bool = option(False, "what", "the sample grids of a run as one clip, a frame for each")
     export: str | None = option(None, "what", "write a checkpoint of the generator alone, small enough to hand on",
                                 metavar="FILE")
 
     seed: int = option(0, "how", "of the images and walks", metavar="S", minimum=0)
+    temperature: float = option(1.0, "how", "what the noise is multiplied with: below 1, images are more alike and often "
+                                            "better; above, bolder", metavar="X", minimum=0)
     frames: int = option(16, "how", "of a clip", metavar="T", minimum=2)
-    fps: int = option(8, "how", "frames per second", metavar="FPS", minimum=1, maximum=50)
+    fps: int | None = option(None, "how", f"frames per second, {FASTEST_GIF} at most for gif (default: {FILM_RATE} with "
+                                          f"--video, else {CLIP_RATE})", metavar="FPS", minimum=1, maximum=60)
     size: int | None = option(None, "how", "enlarge images, or grids of a time lapse, to this width", metavar="PIXELS",
                               minimum=1, maximum=4096)
     enlarge: str = option("smooth", "how", "in what way", choices=("smooth", "nearest"))
@@ -61,17 +84,45 @@ class Options(Settings):
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
-        faults = super().faults() + missing_package(self.format == "mp4", "--format mp4", "av", "av")
+        faults = super().faults()
+        if self.format == "mp4" and (fault := mp4_fault()):
+            faults.append(f"--format mp4: {fault}")
+        if self.format == "gif" and isinstance(self.fps, int) and self.fps > FASTEST_GIF:
+            faults.append(f"--fps: must be at most {FASTEST_GIF} for gif, got {self.fps}")
+        for name in ("images", "seeds"):
+            if (text := getattr(self, name)) is not None and not numbers(text):
+                faults.append(f"{option_name(name)}: must be numbers and ranges such as 1,5-9, got {text!r}")
+        if self.images is not None and self.seeds is not None:
+            faults.append("--images: are of one seed, so they do not go with --seeds")
+        for name in ("num_keyframes", "keyframes"):
+            if getattr(self, name) is not None and self.video is None:
+                faults.append(f"{option_name(name)}: needs --video SECONDS")
+        if self.keyframes is not None and (self.grid or self.num_keyframes or self.images or self.seeds):
+            faults.append("--keyframes: are all the images of one film, so they do not go with --grid, --num-keyframes, "
+                          "--images and --seeds")
         asked = [option_name(name) for name in KINDS if getattr(self, name) not in (None, False)]
         if len(asked) > 1:
             faults.append(f"{asked[0]}: one thing at a time, so it does not go with {', '.join(asked[1:])}")
-        elif self.grid and asked and asked[0] not in ("--clip", "--alpha-maps"):
+        elif self.grid and asked and asked[0] not in ("--video", "--clip", "--alpha-maps"):
             faults.append(f"--grid: does not go with {asked[0]}")
         return faults
 
 
+def numbers(text):
+    """Returns the numbers that a text such as "1,5-9" names, or [] where it is no such text."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,12})(?:\s*-\s*(\d{1,12}))?\s*", part)
+        if not match or int(match[2] or match[1]) - int(match[1]) not in range(MOST_NUMBERS - len(found)):
+            return []
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found
+
+
 def time_lapse(run):
-    """Returns the sample grids (T, C, H, W) of a run folder, in the order of steps, smaller ones enlarged to the largest.
+    """Returns the sample grids of a run folder as an iterator over (C, H, W), in the order of steps, and their number.
+
+    Smaller ones are enlarged to the largest.
 
     Raises:
         GenerateError: there are none.
@@ -80,21 +131,34 @@ def time_lapse(run):
     paths = sorted(pathlib.Path(run).glob("samples/step_*.png"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise GenerateError(f"{run}: no sample grids in it (samples/step_*.png); a run folder of training.py is needed")
-    grids = [_read_grid(path) for path in tqdm(paths, unit="grid", disable=None)]
-    sides = tuple(max(side) for side in zip(*(picture.shape[1:] for picture in grids), strict=True))
-    return torch.cat([F.interpolate(picture[None], sides, mode="nearest-exact") for picture in grids])
+    width, height = (max(sides) for sides in zip(*map(_grid_size, paths), strict=True))
+    grids = map(_read_grid, tqdm(paths, unit="grid", disable=None))
+    return (F.interpolate(picture[None], (height, width), mode="nearest-exact")[0] for picture in grids), len(paths)
+
+
+def _grid_size(path):
+    with _sample_grid(path) as image:
+        return image.size
 
 
 def _read_grid(path):
+    with _sample_grid(path) as image:
+        return pil_to_tensor(image) / 255
+
+
+@contextlib.contextmanager
+def _sample_grid(path):
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            return pil_to_tensor(image) / 255
+            yield image
     except Exception as error:  # Pillow's plugins raise whatever their parsers do
         raise DataError(f"{path}: {error}") from None
 
 
 def generate(source, options):
     """Writes what `options` ask for; returns the paths.
+
+    Ctrl-C, SIGTERM and SIGHUP end a clip or film early: what there is of it is written, and KeyboardInterrupt is raised.
 
     Args:
         source: a checkpoint or a run folder.
@@ -107,56 +171,99 @@ def generate(source, options):
     if options.export is not None:
         return [export_generator(source, options.export, report=say)]
     if options.timelapse:
-        return [_save(time_lapse(source), "timelapse", options)]
+        frames, length = time_lapse(source)
+        return [_save((_enlarged(frame[None], options)[0] for frame in frames), length, "timelapse", options)]
     vae = load_generator(source, report=say).to(pick_device(options.device))
     limit_threads()
-    photos = options.animate is not None or options.morph
-    if (1 if photos else options.num_images) * (options.frames if photos or options.clip == "walk" else 1) >= MANY:
+    if options.video is not None or options.animate is not None or options.morph:
+        return [_film(vae, options)]
+    wanted, z = _noise(vae, options, default=options.num_images)
+    if len(z) * (options.frames if options.clip == "walk" else 1) >= MANY:
         use_fast_output_layers(vae, report=say)
-    if options.animate is not None:
-        frames = frames_of(vae, walk(encode_photo(vae, options.animate), options.frames, seed=options.seed))
-        return [_save(frames, f"{_stem(options.animate)}-animated", options)]
-    if options.morph:
-        one, other = (encode_photo(vae, photo) for photo in options.morph)
-        names = "-to-".join(map(_stem, options.morph))
-        return [_save(frames_of(vae, morph(one, other, options.frames)), names, options)]
     if options.alpha_maps:
         if vae.output_layer is None:
             raise GenerateError(f"--alpha-maps: {source} was trained with --output-layer none")
-        return [_save_alpha_maps(vae, options)]
-
-    numbers = tqdm(range(options.num_images), unit=options.clip or "image", disable=None)
-    shown = zip(numbers, _clips(vae, options), strict=True)
+        return [_save_alpha_maps(vae, z, options)]
+    shown = tqdm(_clips(vae, wanted, z, options), total=len(z), unit=options.clip or "image", disable=None)
     kind = f"-{options.clip}" if options.clip else ""
-    if not options.grid:
-        return [_save(frames, f"seed{options.seed}-{index:05d}{kind}", options) for index, frames in shown]
-    frames = torch.stack([_enlarged(frames, options) for _, frames in shown], dim=1)
-    rows = torch.stack([grid(frame, columns=math.ceil(math.sqrt(len(frame)))) for frame in frames])
-    return [_save(rows, f"seed{options.seed}-grid{kind}", dataclasses.replace(options, size=None))]
+    length = options.frames if options.clip else 1
+    if options.grid:
+        frames = torch.stack([_enlarged(frames, options) for frames in shown], dim=1)
+        return [_save(map(_side_by_side, frames), length, f"{_seeds(options)}-grid{kind}", options)]
+    return [_save(_enlarged(frames, options), length, f"seed{seed}-{index:05d}{kind}", options)
+            for (seed, index), frames in zip(wanted, shown, strict=True)]
 
 
-def _stem(photo):
-    return pathlib.Path(photo).stem[:40]  # a file name has room for 255 bytes
+def _noise(vae, options, *, default):
+    """Returns the (seed, index) of each image asked for, by default of so many, and their latent vectors (N, Z)."""
+    if options.seeds is not None:
+        wanted = [(seed, 0) for seed in numbers(options.seeds)]
+    else:
+        wanted = [(options.seed, index) for index in (numbers(options.images) if options.images else range(default))]
+    z = torch.cat([latent_noise(seed, [index], vae.latent_dim) for seed, index in wanted])
+    return wanted, options.temperature * z.to(vae.mu.weight.device)
 
 
-def _clips(vae, options):
-    """Yields the frames (T, C, H, W) of each image, one frame where no clip is asked for."""
-    z = latent_noise(options.seed, range(options.num_images), vae.latent_dim).to(vae.mu.weight.device)
+def _seeds(options):
+    """How a file with images of several numbers is called."""
+    return f"seed{options.seed}" if options.seeds is None else f"seeds{options.seeds.replace(' ', '')[:40]}"
+
+
+def _clips(vae, wanted, z, options):
+    """Yields the frames of each image (T, C, H, W), one frame where no clip is asked for."""
     if options.clip == "walk":
-        for index, start in enumerate(z.split(1)):
-            yield frames_of(vae, walk(start, options.frames, seed=options.seed, index=index))
+        for (seed, index), start in zip(wanted, z.split(1), strict=True):
+            yield torch.stack(list(images_of(vae, walk(start, options.frames, seed=seed, index=index))))
         return
     for decoded in decode_each(vae, z):
         image = decoded.images.cpu()
         yield synthetic_video(image, options.frames)[0] if options.clip == "synthetic" else image
 
 
-def _save_alpha_maps(vae, options):
-    z = latent_noise(options.seed, range(options.num_images), vae.latent_dim).to(vae.mu.weight.device)
+def _film(vae, options):
+    """Writes a film through photos or through images of the seed; returns its path."""
+    photos = options.keyframes or options.morph or ([] if options.animate is None else [options.animate])
+    columns = 1
+    if photos:
+        if options.keyframes:
+            photos = [path for photo in photos for path in (find_images(photo) if os.path.isdir(photo) else [photo])]
+        z, name = _encoded(vae, photos), "-to-".join(map(_stem, photos[:3]))
+        name += "" if len(photos) > 1 else "-animated"
+    else:
+        count = options.num_keyframes or max(1, round(options.video / SECONDS_PER_KEYFRAME))
+        _, z = _noise(vae, options, default=count * options.num_images if options.grid else count)
+        columns = -(-len(z) // count) if options.grid else 1
+        name = f"{_seeds(options)}{'-grid' if options.grid else ''}-film"
+    length = options.frames if options.video is None else max(1, round(options.video * _rate(options)))
+    if columns * length >= MANY:
+        use_fast_output_layers(vae, report=say)
+    paths = [steady_loop(vae, keys, length, seed=options.seed, index=index)
+             for index, keys in enumerate(z.tensor_split(columns))]
+    images = images_of(vae, torch.stack(paths, dim=1).flatten(0, 1), leave=True)
+    rows = (torch.stack(list(itertools.islice(images, columns))) for _ in range(length))
+    rows = (_enlarged(row, options) for row in rows)
+    return _save(map(_side_by_side, rows) if options.grid else (row[0] for row in rows), length, name, options)
+
+
+def _encoded(vae, photos):
+    """Returns the latent vectors (K, Z) of photos; says which are far longer than those of noise."""
+    z = torch.cat([encode_photo(vae, photo) for photo in photos])
+    for photo, length in zip(photos, (torch.linalg.vector_norm(z, dim=1) / math.sqrt(vae.latent_dim)).tolist(), strict=True):
+        if length > LONG:
+            say(f"note: the latent vector of {photo} is {length:.1f} times as long as those that training draws, so images "
+                "near it may look broken")
+    return z
+
+
+def _stem(photo):
+    return pathlib.Path(photo).stem[:40]  # a file name has room for 255 bytes
+
+
+def _save_alpha_maps(vae, z, options):
     decoded = tqdm(decode_each(vae, z), total=len(z), unit="image", disable=None)
     parts = zip(*((part.before, part.alpha, part.images) for part in decoded), strict=True)
     before, alpha, after = (_enlarged(torch.cat(part).cpu(), options) for part in parts)
-    path = pathlib.Path(options.out, f"seed{options.seed}-alpha.png")
+    path = pathlib.Path(options.out, f"{_seeds(options)}-alpha.png")
     save_picture(alpha_picture(before, alpha, after, columns=2), path)
     return path
 
@@ -165,14 +272,28 @@ def _enlarged(images, options):
     return enlarge(images, options.size or images.shape[-1], smooth=options.enlarge == "smooth")
 
 
-def _save(frames, name, options):
-    """Writes frames (T, C, H, W) as a clip, a single one as a picture; returns the path."""
-    frames = _enlarged(frames, options)
-    path = pathlib.Path(options.out, f"{name}.{options.format if len(frames) > 1 else 'png'}")
-    if len(frames) > 1:
-        save_clip(frames, path, frames_per_second=options.fps)
-    else:
-        save_picture(frames[0], path)
+def _side_by_side(images):
+    return grid(images, columns=math.ceil(math.sqrt(len(images))))
+
+
+def _rate(options):
+    return options.fps or (CLIP_RATE if options.video is None else FILM_RATE)
+
+
+def _save(frames, length, name, options):
+    """Writes `length` frames (C, H, W), as they come, as a clip, a single one as a picture; returns the path."""
+    is_clip = length > 1 or options.video is not None
+    path = pathlib.Path(options.out, f"{name}.{options.format if is_clip else 'png'}")
+    if not is_clip:
+        save_picture(next(iter(frames)), path)
+        return path
+    with Interrupt() as signals:
+        signals.defer()
+        frames = itertools.takewhile(lambda _: not signals.received, frames)
+        written = save_clip(frames, path, frames_per_second=_rate(options), num_frames=length)
+    if signals.received:
+        say(f"stopped: {path} has the first {written} of {length} frames" if written else "stopped before the first frame")
+        raise KeyboardInterrupt(signals.received)
     return path
 
 
@@ -195,6 +316,8 @@ def main(arguments=None):
         except (CheckpointError, DataError, GenerateError, PictureError, DeviceError, OSError) as error:
             print_error(str(error))
             return 2
+        except KeyboardInterrupt as stopped:
+            return 128 + (*stopped.args, signal.SIGINT)[0]
         say(f"wrote {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
         return 0
 

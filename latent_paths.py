@@ -15,6 +15,7 @@ from randomness import latent_noise
 
 PIXELS_AT_A_TIME = 2**18  # 16 images of 128 px: enough work for all cores, in less than 1 GiB
 WALK_RADIUS = 0.3  # of the circle of a walk, in standard deviations of the latent space
+MEASURED_PER_KEY, MEASURED = 32, 96  # images that are made of a path, and at least, to learn how fast they change along it
 
 
 def walk(z, num_frames, *, seed=0, index=0):
@@ -25,15 +26,73 @@ def walk(z, num_frames, *, seed=0, index=0):
         num_frames: T.
         seed, index: choose the circle.
     """
+    return _circle(z, torch.arange(num_frames, device=z.device) / num_frames, seed, index)
+
+
+def _circle(z, places, seed, index):
+    """Places in [0, 1) as rows (M, Z); 0 is z (1, Z)."""
     aside = latent_noise(seed, (2 * index, 2 * index + 1), z.shape[1], purpose="walk").to(z)
-    angle = 2 * math.pi * torch.arange(num_frames, device=z.device)[:, None] / num_frames
+    angle = 2 * math.pi * places[:, None]
     return z + WALK_RADIUS * ((1 - angle.cos()) * aside[0] + angle.sin() * aside[1])
 
 
-def morph(z, other, num_frames):
-    """Returns latent vectors (T, Z) from z (1, Z) to another halfway through and back, slowing down at both."""
-    angle = 2 * math.pi * torch.arange(num_frames, device=z.device)[:, None] / num_frames
-    return torch.lerp(z, other, (1 - angle.cos()) / 2)
+def loop(keys, places, *, seed=0, index=0):
+    """Returns latent vectors (M, Z) at places (M,) of a closed path through some vectors, the keys.
+
+    One key: a circle through it, as walk. Two: straight to the other and back. More: a spline with continuous second
+    derivatives, whose vectors are scaled so that their length goes evenly from that of one key to the next. Without that it
+    would pass far inside: in 128 dimensions the mean of two independent vectors has 0.7 of their length, where images are
+    grey.
+
+    Args:
+        keys: (K, Z).
+        places: in [0, 1); key k is at k / K.
+        seed, index: choose the circle.
+    """
+    if len(keys) == 1:
+        return _circle(keys, places, seed, index)
+    if len(keys) == 2:
+        return torch.lerp(keys[0], keys[1], 1 - (1 - 2 * places[:, None]).abs())
+    after, before = keys.roll(-1, dims=0), keys.roll(1, dims=0)
+    unit = torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
+    slopes = torch.linalg.solve(4 * unit + unit.roll(1, dims=0) + unit.roll(-1, dims=0), 3 * (after - before))
+    index = (places * len(keys)).long() % len(keys)
+    t = (places * len(keys)).frac()[:, None]
+    start, end, first, last = (rows[index] for rows in (keys, after, slopes, slopes.roll(-1, dims=0)))
+    z = (1 + 2 * t) * (1 - t)**2 * start + t * (1 - t)**2 * first + t**2 * (3 - 2 * t) * end + t**2 * (t - 1) * last
+    start, end = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (start, end))
+    length = torch.lerp(start, end, t**2 * (3 - 2 * t))
+    return z * length / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp(min=1e-6)
+
+
+@torch.no_grad()
+def steady_loop(vae, keys, num_frames, *, seed=0, index=0):
+    """Returns latent vectors (T, Z) along `loop` whose images change by equal amounts from one to the next.
+
+    The images at some places of the path are made, and the mean absolute difference of neighbours is taken as the length of
+    what lies between them. Of two keys both are slowed down at, because the path turns there.
+
+    Args:
+        vae: draws the images.
+        num_frames: T.
+        keys, seed, index: as in loop. The first frame is at key 0.
+    """
+    count = max(MEASURED_PER_KEY * len(keys), MEASURED)
+    places = torch.arange(count, device=keys.device) / count
+    lengths, last = [], None
+    for image in images_of(vae, loop(keys, torch.cat([places, places[:1]]), seed=seed, index=index), label="measuring"):
+        if last is not None:
+            lengths.append((image - last).abs().mean().item())
+        last = image
+    lengths = torch.tensor([0.0, *lengths], dtype=torch.float64) + 1e-9
+    ends = lengths.cumsum(0) / lengths.sum()
+    times = torch.arange(num_frames, dtype=torch.float64) / num_frames
+    if len(keys) == 2:
+        there = (1 - (2 * math.pi * times).cos()) / 4
+        times = torch.where(times <= 0.5, there, 1 - there)
+    after = torch.searchsorted(ends, times, right=True).clamp(1, count)
+    part = (times - ends[after - 1]) / (ends[after] - ends[after - 1])
+    return loop(keys, ((after - 1 + part.clamp(0, 1)) / count).to(keys), seed=seed, index=index)
 
 
 @torch.no_grad()
@@ -46,10 +105,16 @@ def decode_each(vae, z):
             yield Decoded(*(None if part is None else part[index:index + 1] for part in decoded))
 
 
+def images_of(vae, z, *, label=None, leave=False):
+    """Yields the image (C, H, W) of each row of z (N, Z), on the CPU, with a progress bar where there are several."""
+    bar = tqdm(decode_each(vae, z), desc=label, total=len(z), unit="frame", leave=leave,
+               disable=None if len(z) > 1 else True)
+    return (parts.images[0].cpu() for parts in bar)
+
+
 def frames_of(vae, z):
     """Returns the images (T, C, H, W) of latent vectors (T, Z), on the CPU."""
-    decoded = tqdm(decode_each(vae, z), total=len(z), unit="frame", leave=False, disable=None if len(z) > 1 else True)
-    return torch.cat([parts.images.cpu() for parts in decoded])
+    return torch.stack(list(images_of(vae, z)))
 
 
 def read_photo(path, image_size, **preparation):

@@ -1,10 +1,7 @@
-"""Writes tensors as pictures and clips: PNG, WebP, GIF, MP4.
+"""Arranges images as grids and heat maps, and writes them as PNG.
 
-Notation as in model_definitions.py. A picture is (C, H, W), the frames of a clip are (T, C, H, W), float in [0, 1].
+Notation as in model_definitions.py. A picture is (C, H, W), float in [0, 1].
 """
-import itertools
-import pathlib
-
 import torch
 from PIL import ImageDraw, ImageFont
 from torch.nn import functional as F
@@ -14,7 +11,6 @@ from torchvision.utils import make_grid
 from safe_files import atomic_write
 from synthetic_video import interpolation_matrix
 
-CLIP_FORMATS = {"webp": (1, 16_383), "gif": (1, 65_535), "mp4": (2, 16_384)}  # with the sides in pixels they can have
 HEAT = ((0.1, 0.1, 0.3), (0.3, 0.2, 0.7), (0.8, 0.3, 0.5), (1.0, 0.7, 0.3), (1.0, 1.0, 0.8))  # ever brighter
 MINIMUM_SPAN = 0.01  # of alpha from the first to the last colour, so that rounding errors are not shown as a pattern
 SCALE_HEIGHT = 24  # pixels, of the colour bar below the heat maps with its numbers
@@ -87,49 +83,6 @@ def save_picture(picture, path):
     """Writes a picture as PNG."""
     with atomic_write(path) as file:
         to_pil(picture).save(file, format="PNG")
-
-
-def save_clip(frames, path, *, frames_per_second):
-    """Writes frames as a clip in the format of the path's ending, one of CLIP_FORMATS; WebP and GIF repeat for ever.
-
-    WebP keeps transparency, the others lay it on white.
-
-    Raises:
-        PictureError: frames of that size do not go into that format.
-    """
-    path, sides = pathlib.Path(path), frames.shape[-2:]
-    if path.suffix != ".webp":
-        frames = as_rgb(frames)
-    least, most = CLIP_FORMATS[path.suffix[1:]]
-    if min(sides) < least or max(sides) > most:
-        raise PictureError(f"{path}: frames of {sides[1]} x {sides[0]} pixels cannot be written, only sides of {least} to "
-                           f"{most}; change --size or --num-images")
-    if path.suffix == ".mp4":
-        return _save_mp4(frames, path, frames_per_second)
-    # Frame i ends where it should, rounded, so that durations do not add up to another speed.
-    tick = 10 if path.suffix == ".gif" else 1  # milliseconds: the unit of a duration in that format
-    ends = [tick * round(1000 * index / frames_per_second / tick) for index in range(len(frames) + 1)]
-    durations = [end - start for start, end in itertools.pairwise(ends)]
-    first, *others = map(to_pil, frames)
-    quality = {"quality": 90} if path.suffix == ".webp" else {}
-    with atomic_write(path) as file:
-        first.save(file, format=path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
-                   duration=durations, **quality)
-    return None
-
-
-def _save_mp4(frames, path, frames_per_second):
-    """Writes H.264 with yuv420p colours, which every player knows; they need an even height and width."""
-    import av  # an optional package
-
-    height, width = (side - side % 2 for side in frames.shape[-2:])
-    with atomic_write(path) as file, av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=frames_per_second)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "16"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(to_pil(frame))))
-        container.mux(stream.encode())
 
 
 def to_pil(picture):

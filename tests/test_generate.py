@@ -1,6 +1,7 @@
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ import generate
 import latent_paths
 from checkpointing import load_checkpoint, load_generator, save_checkpoint
 from demo_images import draw_shape
-from generate import Options, encode_photo, frames_of, morph, time_lapse, walk
+from generate import Options, encode_photo, numbers, time_lapse, walk
+from latent_paths import frames_of, loop, steady_loop
 from model_definitions import VAE
 from pictures import enlarge
 from randomness import latent_noise
@@ -100,12 +102,41 @@ def test_a_walk_is_a_closed_smooth_path_through_its_start():
     assert walk(torch.zeros(1, 1), 4).shape == (4, 1)
 
 
-def test_a_morph_goes_from_one_to_the_other_and_back():
+def test_a_path_goes_through_its_keys_and_back_without_a_corner():
+    keys = latent_noise(0, range(4), 128) * torch.tensor([1.0, 0.8, 1.2, 1.0])[:, None]
+    path = loop(keys, torch.arange(400) / 400)
+    assert torch.allclose(path[::100], keys, atol=1e-4)
+    lengths = path.norm(dim=1)
+    assert lengths[50] == pytest.approx((lengths[0] + lengths[100]).item() / 2, rel=1e-3)  # the mean vector: 0.7 of that
+    steps = path.roll(-1, 0) - path
+    turns = torch.cosine_similarity(steps, steps.roll(1, 0))
+    assert turns.min() > 0.99  # at the keys and where it closes too
+    assert torch.equal(loop(keys[:1], torch.arange(16) / 16, seed=3, index=2), walk(keys[:1], 16, seed=3, index=2))
+
+
+def test_two_keys_are_gone_through_there_and_back():
     a, b = latent_noise(0, [0], 8), latent_noise(0, [1], 8)
-    path = morph(a, b, 16)
+    path = loop(torch.cat([a, b]), torch.arange(16) / 16)
     assert torch.allclose(path[0], a[0])
     assert torch.allclose(path[8], b[0])
     assert torch.allclose(path[1:], path[1:].flip(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 3, 5])
+def test_a_film_moves_at_a_steady_visible_speed(num_keys):
+    vae = load_generator(ROOT / "pretrained" / "shapes.pt")
+    keys = latent_noise(0, range(num_keys), vae.latent_dim)
+    path = steady_loop(vae, keys, 48)
+    assert torch.allclose(path[0], keys[0], atol=1e-3)
+    steps = _steps(frames_of(vae, path))
+    assert steps.max() < 1.6 * steps.median()  # from the last to the first too
+    if num_keys != 2:
+        assert steps.min() > 0.6 * steps.median()
+        assert _steps(frames_of(vae, loop(keys, torch.arange(48) / 48))).max() > 1.3 * steps.max()
+
+
+def _steps(frames):
+    return (frames.roll(-1, 0) - frames).abs().mean(dim=(1, 2, 3))
 
 
 def test_walks_begin_at_their_images(checkpoint):
@@ -156,6 +187,85 @@ def test_two_photos_are_morphed(checkpoint, photos):
         assert_near(frames[frame:frame + 1], vae.decode(encode_photo(vae, photo)))
 
 
+def test_a_film_goes_through_the_images_of_its_seed(checkpoint):
+    vae = load_generator(checkpoint)
+    assert generate.main([str(checkpoint), "--video", "1.5", "--fps", "20", "--num-keyframes", "3"]) == 0
+    assert written() == ["seed0-film.webp"]
+    keys = latent_noise(0, range(3), MODEL["latent_dim"])
+    frames = clip("seed0-film.webp")
+    assert_near(frames, frames_of(vae, steady_loop(vae, keys, 30)))
+    for image in vae.decode(keys):
+        assert (frames - image).abs().mean(dim=(1, 2, 3)).min() < 0.03
+    assert generate.main([str(checkpoint), "--video", "0.5", "--format", "gif", "--fps", "50"]) == 0
+    assert len(clip("seed0-film.gif")) == 25
+
+
+def test_films_side_by_side_go_through_images_of_their_own(checkpoint):
+    vae = load_generator(checkpoint)
+    assert generate.main([str(checkpoint), "--video", "1", "--fps", "4", "--num-keyframes", "3", "--grid", "--num-images",
+                          "2"]) == 0
+    frames = clip("seed0-grid-film.webp")
+    assert frames.shape == (4, 3, 36, 70)
+    second = steady_loop(vae, latent_noise(0, [3, 4, 5], MODEL["latent_dim"]), 4)
+    assert_near(frames[..., 2:34, 36:68], frames_of(vae, second))
+
+
+def test_a_film_goes_through_photos_and_folders_of_them(checkpoint, photos, capfd):
+    vae = load_generator(checkpoint)
+    pathlib.Path("more").mkdir()
+    draw_shape("star", random.Random(5)).save("more/c.png")
+    assert generate.main([str(checkpoint), "--video", "3", "--fps", "10", "--keyframes", *photos, "more"]) == 0
+    frames = clip("a-to-b-to-c.webp")
+    assert len(frames) == 30
+    for photo in (*photos, "more/c.png"):
+        image = vae.decode(encode_photo(vae, photo))
+        assert (frames - image).abs().mean(dim=(1, 2, 3)).min() < 0.03
+    said = [line for line in capfd.readouterr().out.splitlines() if "times as long" in line]
+    lengths = [encode_photo(vae, photo).norm() / MODEL["latent_dim"]**0.5 for photo in (*photos, "more/c.png")]
+    assert len(said) == sum(length > generate.LONG for length in lengths)
+
+
+def test_a_photo_that_is_far_from_what_training_draws_is_named(checkpoint, photos, monkeypatch, capfd):
+    monkeypatch.setattr(generate, "encode_photo", lambda vae, photo: torch.full((1, vae.latent_dim), 2.0))
+    assert generate.main([str(checkpoint), "--animate", photos[0], "--frames", "2"]) == 0
+    assert "the latent vector of a.png is 2.0 times as long as those that training draws" in capfd.readouterr().out
+
+
+def test_images_are_chosen_by_number_or_by_seed_and_can_be_tamer(checkpoint):
+    vae = load_generator(checkpoint)
+    assert generate.main([str(checkpoint), "--images", "7, 3-4", "--temperature", "0.5"]) == 0
+    assert written() == ["seed0-00003.png", "seed0-00004.png", "seed0-00007.png"]
+    image = vae.decode(0.5 * latent_noise(0, [4], MODEL["latent_dim"]))[0]
+    assert (picture("seed0-00004.png") - image).abs().max() < 1.01 / 255
+    assert generate.main([str(checkpoint), "--seeds", "2,5-6", "--out", "seeds"]) == 0
+    assert sorted(os.listdir("seeds")) == ["seed2-00000.png", "seed5-00000.png", "seed6-00000.png"]
+    image = vae.decode(latent_noise(5, [0], MODEL["latent_dim"]))[0]
+    assert (read(pathlib.Path("seeds/seed5-00000.png")) - image).abs().max() < 1.01 / 255
+
+
+@pytest.mark.parametrize(("text", "expected"), [("3", [3]), ("1,5-7", [1, 5, 6, 7]), (" 2 , 0 - 1 ", [2, 0, 1]), ("", []),
+                                                ("1,", []), ("5-3", []), ("-1", []), ("0-99999999999", [])])
+def test_numbers_are_read_from_lists_and_ranges(text, expected):
+    assert numbers(text) == expected
+
+
+@pytest.mark.parametrize("ending", ["webp", "gif", "mp4"])
+def test_a_film_that_is_stopped_keeps_its_frames(checkpoint, monkeypatch, capfd, ending):
+    images_of = latent_paths.images_of
+
+    def stopped_after_seven(vae, z, **settings):
+        for index, image in enumerate(images_of(vae, z, **settings)):
+            if index == 7:
+                signal.raise_signal(signal.SIGTERM)
+            yield image
+
+    monkeypatch.setattr(generate, "images_of", stopped_after_seven)
+    assert generate.main([str(checkpoint), "--video", "1", "--fps", "20", "--format", ending]) == 128 + signal.SIGTERM
+    assert written() == [f"seed0-film.{ending}"]
+    assert len(clip(f"seed0-film.{ending}")) == 7
+    assert capfd.readouterr().out == f"stopped: generated/seed0-film.{ending} has the first 7 of 20 frames\n"
+
+
 def test_alpha_maps_are_of_the_images_of_the_seed(checkpoint):
     vae = load_generator(checkpoint)
     assert generate.main([str(checkpoint), "--num-images", "2", "--alpha-maps"]) == 0
@@ -175,7 +285,9 @@ def test_a_time_lapse_shows_the_sample_grids_in_order(train_tiny):
     frames = clip("timelapse.webp")
     expected = [read(run / "samples" / f"step_{name}.png") for name in ("0000000", "0000001", "9999999", "10000000")]
     assert_near(frames, torch.stack(expected))
-    assert torch.equal(time_lapse(run)[-1], expected[-1])
+    grids, number = time_lapse(run)
+    assert number == 4
+    assert torch.equal(list(grids)[-1], expected[-1])
 
 
 def test_mp4_is_written_where_av_is_installed_and_refused_where_not(checkpoint, monkeypatch, capfd):
@@ -225,7 +337,14 @@ def test_an_exported_generator_is_the_same_and_says_nothing_of_its_maker(train_t
     (["saved/step_0000001.pt", "--animate", ""], ": not a file"),
     (["saved/step_0000001.pt", "--clip", "walk", "--format", "mp4", "--size", "1"],
      "frames of 1 x 1 pixels cannot be written"),
-    (["saved/step_0000001.pt", "--fps", "51"], "--fps: must be at most 50, got 51"),
+    (["saved/step_0000001.pt", "--fps", "61"], "--fps: must be at most 60, got 61"),
+    (["saved/step_0000001.pt", "--fps", "51", "--format", "gif"], "--fps: must be at most 50 for gif, got 51"),
+    (["saved/step_0000001.pt", "--images", "one"], "--images: must be numbers and ranges such as 1,5-9, got 'one'"),
+    (["saved/step_0000001.pt", "--images", "1", "--seeds", "1"], "--images: are of one seed"),
+    (["saved/step_0000001.pt", "--keyframes", "a.png"], "--keyframes: needs --video SECONDS"),
+    (["saved/step_0000001.pt", "--video", "1", "--keyframes", "none.jpg"], "none.jpg: no such file"),
+    (["saved/step_0000001.pt", "--video", "1", "--keyframes", "a.png", "--grid"], "--keyframes: are all the images of one"),
+    (["saved/step_0000001.pt", "--video", "0"], "--video: must be above 0, got 0"),
     (["saved/step_0000001.pt", "--num-images", "few"], "--num-images: must be a whole number, got 'few'"),
     pytest.param(["saved/step_0000001.pt", "--device", "cuda"], "--device: cuda is not available here; there is cpu",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")),

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "image_data": {"torch", "tqdm", "devices", "image_files", "image_sizes", "randomness", "safe_files"},
     "data_report": {"console", "image_data", "image_sizes"},
     "demo_images": {"PIL", "tqdm"},
-    "pictures": {"torch", "torchvision", "PIL", "av", "safe_files", "synthetic_video"},
+    "pictures": {"torch", "torchvision", "PIL", "safe_files", "synthetic_video"},
+    "video_files": {"av", "pictures", "safe_files"},
     "checkpointing": {"torch", "image_sizes", "model_definitions", "safe_files"},
     "image_metrics": {"torch", "torch_fidelity", "pictures"},
     "latent_paths": {"torch", "tqdm", "checkpointing", "image_files", "model_definitions", "randomness"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "training": {"torch", "augmentation", "checkpointing", "config", "console", "data_report", "demo_images", "devices",
                  "distributed", "fast_paths", "growth", "image_data", "randomness", "resuming", "run_log", "wgan_gp"},
     "generate": {"torch", "torchvision", "PIL", "tqdm", "checkpointing", "config", "console", "devices", "fast_paths",
-                 "image_files", "latent_paths", "pictures", "randomness", "synthetic_video"},
+                 "image_data", "image_files", "latent_paths", "pictures", "randomness", "synthetic_video", "video_files"},
     "evaluate": {"torch", "tqdm", "checkpointing", "config", "console", "devices", "image_data", "image_metrics",
                  "image_sizes", "pictures", "randomness"},
 }

@@ -1,56 +1,16 @@
 import pytest
 import torch
-from helpers import frames_in, read
-from PIL import Image, ImageSequence
+from helpers import read
+from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from pictures import (
-    CLIP_FORMATS,
-    SCALE_HEIGHT,
-    PictureError,
-    alpha_picture,
-    as_rgb,
-    enlarge,
-    grid,
-    on_white,
-    save_clip,
-    save_picture,
-)
+from pictures import SCALE_HEIGHT, alpha_picture, as_rgb, enlarge, grid, on_white, save_picture
 
 
 def test_a_picture_comes_back_rounded_and_not_wrapped_around(tmp_path):
     picture = torch.tensor([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 0.5, 1.0, 1.1]).expand(3, 4, 7)
     save_picture(picture, tmp_path / "a.png")
     assert (read(tmp_path / "a.png")[0, 0] * 255).round().tolist() == [0, 0, 0, 1, 128, 255, 255]
-
-
-@pytest.mark.parametrize("ending", CLIP_FORMATS)
-def test_a_clip_has_its_frames_in_order_at_its_speed(tmp_path, ending):
-    frames = torch.linspace(0.1, 0.9, 5).view(5, 1, 1, 1).expand(5, 3, 33, 36)  # a height that MP4 has to change
-    path = tmp_path / f"clip.{ending}"
-    save_clip(frames, path, frames_per_second=10)
-    again = frames_in(path)
-    assert len(again) == 5
-    assert again.shape == (5, 3, 32 if ending == "mp4" else 33, 36)
-    assert (again - frames[..., :again.shape[-2], :]).abs().max() < 0.03
-    if ending == "mp4":
-        import av
-
-        with av.open(path) as container:
-            assert container.streams.video[0].average_rate == 10
-    else:
-        with Image.open(path) as image:
-            assert image.info["loop"] == 0
-            image.seek(1)
-            image.load()
-            assert image.info["duration"] == 100
-
-
-@pytest.mark.parametrize(("ending", "side"), [("webp", 16_384), ("gif", 65_536), ("mp4", 16_386), ("mp4", 1)])
-def test_a_size_that_a_format_does_not_have_is_refused(tmp_path, ending, side):
-    with pytest.raises(PictureError, match=f"frames of {side} x 2 pixels cannot be written, only sides of"):
-        save_clip(torch.zeros(2, 3, 2, side), tmp_path / f"a.{ending}", frames_per_second=8)
-    assert not list(tmp_path.iterdir())
 
 
 def test_enlarging_repeats_pixels_or_smooths_them():
@@ -101,18 +61,6 @@ def test_an_alpha_that_is_the_same_everywhere_is_one_colour():
     assert (picture[:, 2:34, 36:52] - picture[:, 2:34, 52:68]).abs().max() < 0.01
 
 
-@pytest.mark.parametrize(("ending", "rate"), [("gif", 8), ("gif", 30), ("webp", 24)])
-def test_a_clip_runs_as_long_as_its_frames_at_a_rate_that_is_no_whole_number_of_ticks(tmp_path, ending, rate):
-    frames = torch.linspace(0.1, 0.9, 24).view(24, 1, 1, 1).expand(24, 3, 8, 8)
-    save_clip(frames, tmp_path / f"clip.{ending}", frames_per_second=rate)
-    with Image.open(tmp_path / f"clip.{ending}") as image:
-        durations = []
-        for frame in ImageSequence.Iterator(image):
-            frame.load()
-            durations.append(frame.info["duration"])
-    assert sum(durations) == pytest.approx(24_000 / rate, abs=10)
-
-
 def test_transparency_is_laid_on_white_and_grey_becomes_three_equal_channels():
     image = torch.tensor([0.2, 0.4, 0.6, 0.5]).view(1, 4, 1, 1)
     assert torch.allclose(as_rgb(image).flatten(), torch.tensor([0.6, 0.7, 0.8]))
@@ -129,17 +77,3 @@ def test_pictures_and_grids_keep_their_channels(tmp_path, channels, mode):
         assert picture.mode == mode
         found = pil_to_tensor(picture) / 255
     assert torch.allclose(found[:, 2:8, 2:10], images[0], atol=1e-6)
-
-
-def test_clips_in_formats_without_transparency_are_laid_on_white(tmp_path):
-    frames = torch.zeros(3, 4, 16, 32)
-    frames[:, 3, :, 16:] = 1  # the left half is invisible but for a corner, the right half black
-    frames[:, 3, 0, 0] = 0.5
-    for name in ("x.gif", "x.mp4", "x.webp"):
-        save_clip(frames, tmp_path / name, frames_per_second=8)
-    for name in ("x.gif", "x.mp4"):
-        shown = frames_in(tmp_path / name)
-        assert shown[..., 2:14].mean() > 0.95
-        assert shown[..., 18:30].mean() < 0.05
-    with Image.open(tmp_path / "x.webp") as picture:
-        assert picture.convert("RGBA").getextrema()[3] == (0, 255)

@@ -54,11 +54,11 @@ def test_generating_commands_work(train_tiny):
         save_picture(name)
     commands = [shlex.split(line, comments=True)[2:] for block in blocks("bash") for line in block.splitlines()
                 if line.startswith(".venv/bin/python generate.py")]
-    assert {"--clip", "--animate", "--morph", "--alpha-maps", "--timelapse", "--export"} <= set(sum(commands, []))
+    assert {"--video", "--clip", "--animate", "--morph", "--alpha-maps", "--timelapse", "--export"} <= set(sum(commands, []))
     for arguments in commands:
-        few = [] if "--grid" in arguments else ["--num-images", "2"]
+        few = [] if "--grid" in arguments or "--video" in arguments else ["--num-images", "2"]
         assert generate.main([*arguments, *few]) == 0
-    assert len(os.listdir("generated")) == 2 + 2 + 2 + 2 + 4
+    assert len(os.listdir("generated")) == 1 + 1 + 2 + 7 + 5 + 4 + 2
 
 
 def test_the_evaluating_command_works(train_tiny, capfd):
