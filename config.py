@@ -122,7 +122,8 @@ class Config(Settings):
     num_frames: int = option(16, "model", "frames of the synthetic video", metavar="T", minimum=1)
     alpha_grid: int = option(16, "model", "side of the grid of alpha that the CNN predicts", metavar="G", minimum=1)
 
-    grow_every_images: int = option(48_000, "training", "images after which the size doubles", metavar="IMAGES", minimum=1)
+    grow_every_images: int = option(20_000, "training", "images of the first size; each next one has twice as many",
+                                    metavar="IMAGES", minimum=1)
     batch_size: int = option(16, "training", "images per update", metavar="N", minimum=1)
     critic_steps: int = option(1, "training", "critic updates per generator update", metavar="N", minimum=1)
     critic_learning_rate: float = option(1.6e-3, "training", "Adam's learning rate for the critic, at its highest",

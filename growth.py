@@ -1,4 +1,5 @@
 """At which size a run trains: it begins with small images and doubles them after so many images."""
+import bisect
 import time
 from typing import NamedTuple
 
@@ -12,33 +13,35 @@ QUICK = 2.0  # seconds: a first step, which prepares much, counts only where it 
 class Growth(NamedTuple):
     """The sizes that a run goes through. Which one a step has follows from the images seen before it, and from nothing else.
 
-    A size is named by its shorter side in pixels.
+    A size is named by its shorter side in pixels. Each has twice the images of the one before; the last stays.
     """
 
     sides: tuple  # from the first to the last
-    every_images: int  # of each size but the last, which stays
+    every_images: int  # of the first size
+
+    @property
+    def starts(self):
+        """The images seen before each size."""
+        return [self.every_images * (2**index - 1) for index in range(len(self.sides))]
 
     def side_at(self, images_seen):
         """Returns the size of a step before which so many images were seen."""
-        return self.sides[self._number(images_seen)]
+        return self.sides[bisect.bisect(self.starts, images_seen) - 1]
 
     def images_at_this_size(self, images_seen):
         """Returns how many of the images seen were of the size of side_at."""
-        return images_seen - self._number(images_seen) * self.every_images
+        return images_seen - max(start for start in self.starts if start <= images_seen)
 
     def plan(self, images_per_step, total_steps):
         """Returns (side, first step, last step) of each size that a run of so many steps gets to."""
-        starts = [-(-index * self.every_images // images_per_step) for index in range(len(self.sides))]
+        starts = [-(-start // images_per_step) for start in self.starts]
         ends = [*starts[1:], total_steps]
         return [(side, start, min(end, total_steps)) for side, start, end in zip(self.sides, starts, ends, strict=True)
                 if start < total_steps]
 
     def steps_for_all(self, images_per_step):
-        """Returns the steps of a run that has as many images of its last size as of each one before."""
-        return -(-len(self.sides) * self.every_images // images_per_step)
-
-    def _number(self, images_seen):
-        return min(images_seen // self.every_images, len(self.sides) - 1)
+        """Returns the steps of a run whose last size, too, has twice the images of the one before."""
+        return -(-self.every_images * (2**len(self.sides) - 1) // images_per_step)
 
 
 def growth_of(config, first_side=0):

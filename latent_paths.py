@@ -18,29 +18,11 @@ WALK_RADIUS = 0.3  # of the circle of a walk, in standard deviations of the late
 MEASURED_PER_KEY, MEASURED = 32, 96  # images that are made of a path, and at least, to learn how fast they change along it
 
 
-def walk(z, num_frames, *, seed=0, index=0):
-    """Returns latent vectors (T, Z) on a circle through z, which is the first; the last is one step before it.
-
-    Args:
-        z: (1, Z).
-        num_frames: T.
-        seed, index: choose the circle.
-    """
-    return _circle(z, torch.arange(num_frames, device=z.device) / num_frames, seed, index)
-
-
-def _circle(z, places, seed, index):
-    """Places in [0, 1) as rows (M, Z); 0 is z (1, Z)."""
-    aside = latent_noise(seed, (2 * index, 2 * index + 1), z.shape[1], purpose="walk").to(z)
-    angle = 2 * math.pi * places[:, None]
-    return z + WALK_RADIUS * ((1 - angle.cos()) * aside[0] + angle.sin() * aside[1])
-
-
 def loop(keys, places, *, seed=0, index=0):
     """Returns latent vectors (M, Z) at places (M,) of a closed path through some vectors, the keys.
 
-    One key: a circle through it, as walk. Two: straight to the other and back. More: a spline with continuous second
-    derivatives, whose vectors are scaled so that their length goes evenly from that of one key to the next. Without that it
+    One key: a circle through it. Two: to the other and back. More: a spline with continuous second derivatives. Vectors
+    between two keys are scaled so that their length goes evenly from that of one to that of the other. Without that the path
     would pass far inside: in 128 dimensions the mean of two independent vectors has 0.7 of their length, where images are
     grey.
 
@@ -50,19 +32,28 @@ def loop(keys, places, *, seed=0, index=0):
         seed, index: choose the circle.
     """
     if len(keys) == 1:
-        return _circle(keys, places, seed, index)
+        aside = latent_noise(seed, (2 * index, 2 * index + 1), keys.shape[1], purpose="walk").to(keys)
+        angle = 2 * math.pi * places[:, None]
+        return keys + WALK_RADIUS * ((1 - angle.cos()) * aside[0] + angle.sin() * aside[1])
     if len(keys) == 2:
-        return torch.lerp(keys[0], keys[1], 1 - (1 - 2 * places[:, None]).abs())
-    after, before = keys.roll(-1, dims=0), keys.roll(1, dims=0)
-    unit = torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
-    slopes = torch.linalg.solve(4 * unit + unit.roll(1, dims=0) + unit.roll(-1, dims=0), 3 * (after - before))
-    index = (places * len(keys)).long() % len(keys)
-    t = (places * len(keys)).frac()[:, None]
-    start, end, first, last = (rows[index] for rows in (keys, after, slopes, slopes.roll(-1, dims=0)))
-    z = (1 + 2 * t) * (1 - t)**2 * start + t * (1 - t)**2 * first + t**2 * (3 - 2 * t) * end + t**2 * (t - 1) * last
-    start, end = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (start, end))
-    length = torch.lerp(start, end, t**2 * (3 - 2 * t))
-    return z * length / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp(min=1e-6)
+        t = 1 - (1 - 2 * places[:, None]).abs()
+        start, end = keys[:1], keys[1:]
+        z = torch.lerp(start, end, t)
+    else:
+        after, before = keys.roll(-1, dims=0), keys.roll(1, dims=0)
+        unit = torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
+        slopes = torch.linalg.solve(4 * unit + unit.roll(1, dims=0) + unit.roll(-1, dims=0), 3 * (after - before))
+        number = (places * len(keys)).long() % len(keys)
+        t = (places * len(keys)).frac()[:, None]
+        start, end, first, last = (rows[number] for rows in (keys, after, slopes, slopes.roll(-1, dims=0)))
+        z = (1 + 2 * t) * (1 - t)**2 * start + t * (1 - t)**2 * first + t**2 * (3 - 2 * t) * end + t**2 * (t - 1) * last
+    start, end, length = (torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in (start, end, z))
+    return z * torch.lerp(start, end, t**2 * (3 - 2 * t)) / length.clamp(min=1e-6)
+
+
+def walk(z, num_frames, *, seed=0, index=0):
+    """Returns latent vectors (T, Z) on a circle through z (1, Z), which is the first; the last is one step before it."""
+    return loop(z, torch.arange(num_frames, device=z.device) / num_frames, seed=seed, index=index)
 
 
 @torch.no_grad()
@@ -70,7 +61,7 @@ def steady_loop(vae, keys, num_frames, *, seed=0, index=0):
     """Returns latent vectors (T, Z) along `loop` whose images change by equal amounts from one to the next.
 
     The images at some places of the path are made, and the mean absolute difference of neighbours is taken as the length of
-    what lies between them. Of two keys both are slowed down at, because the path turns there.
+    what lies between them. With two keys it slows down at both, because the path turns there.
 
     Args:
         vae: draws the images.

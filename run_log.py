@@ -130,7 +130,7 @@ class RunLog:
         if reached < growth.sides[-1]:
             steps = growth.steps_for_all(self.images_per_step)
             say(f"warning: the run ends with images of {_text(self.gan.sizes[reached])} px, --image-size is "
-                f"{size_text(self.config.image_size)}: --steps {steps} would reach it, with as many images at each size")
+                f"{size_text(self.config.image_size)}: --steps {steps} would reach it and stay for as long as it should")
 
     @contextlib.contextmanager
     def opened(self):

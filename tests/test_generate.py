@@ -111,7 +111,6 @@ def test_a_path_goes_through_its_keys_and_back_without_a_corner():
     steps = path.roll(-1, 0) - path
     turns = torch.cosine_similarity(steps, steps.roll(1, 0))
     assert turns.min() > 0.99  # at the keys and where it closes too
-    assert torch.equal(loop(keys[:1], torch.arange(16) / 16, seed=3, index=2), walk(keys[:1], 16, seed=3, index=2))
 
 
 def test_two_keys_are_gone_through_there_and_back():

@@ -184,15 +184,15 @@ def test_kill_9_at_a_growth_loses_no_more_than_the_steps_since_the_checkpoint(im
 
 
 def test_a_run_goes_through_the_sizes_and_keeps_the_last_step_of_each(train_tiny, image_folder, capfd):
-    run = train_tiny(steps=10, image_size=128, grow_every_images=12, log_every=1, evaluate_every=2)
+    run = train_tiny(steps=10, image_size=128, grow_every_images=8, log_every=1, evaluate_every=2)
     said = capfd.readouterr().out
-    for part in ("plan    steps 1 to 3 at 32 px: about ", "\n        steps 4 to 6 at 64 px: about ",
+    for part in ("plan    steps 1 to 2 at 32 px: about ", "\n        steps 3 to 6 at 64 px: about ",
                  "\n        steps 7 to 10 at 128 px: about ",
-                 "step 3/10  px 32  ", "step 4/10  px 64  ", "step 10/10  px 128  "):
+                 "step 2/10  px 32  ", "step 3/10  px 64  ", "step 10/10  px 128  "):
         assert part in said
     assert "warning" not in said
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["image_size"] for line in lines if "images" in line] == [32] * 3 + [64] * 3 + [128] * 4
+    assert [line["image_size"] for line in lines if "images" in line] == [32] * 2 + [64] * 4 + [128] * 4
     assert [line["step"] for line in lines if "sliced_wasserstein" in line] == [8, 10]  # distances at other sizes are others
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_0000006.pt", "step_0000010.pt"]
     widths = {}
@@ -201,7 +201,7 @@ def test_a_run_goes_through_the_sizes_and_keeps_the_last_step_of_each(train_tiny
             with Image.open(path) as picture:
                 widths.setdefault(path.stem, []).append(picture.width)
     assert widths == {f"step_{step:07d}": [8 * (side + 2) + 2, 8 * (side + 2) + 2, 6 * (side + 2) + 2]
-                      for step, side in ((0, 32), (3, 32), (6, 64), (10, 128))}
+                      for step, side in ((0, 32), (2, 32), (6, 64), (10, 128))}
 
 
 def test_a_generator_draws_at_the_size_it_has_learned(train_tiny, image_folder):
@@ -211,7 +211,9 @@ def test_a_generator_draws_at_the_size_it_has_learned(train_tiny, image_folder):
         (path,) = generate.generate(source, generate.Options(num_images=1))
         assert read(path).shape == (3, 64, 64)
         assert evaluate.evaluate(load_generator(source), evaluate.Options(data=str(image_folder)))["image_size"] == 64
-    assert generate.time_lapse(run).shape == (6, 3, 8 * 66 + 2, 8 * 66 + 2)
+    grids, number = generate.time_lapse(run)
+    assert [grid.shape for grid in grids] == [(3, 8 * 66 + 2, 8 * 66 + 2)] * 6
+    assert number == 6
 
 
 def test_the_average_soon_forgets_what_was_before_a_growth():
@@ -225,19 +227,20 @@ def test_the_average_soon_forgets_what_was_before_a_growth():
 
 def test_a_plan_names_each_size_that_a_run_gets_to():
     growth = Growth((32, 64, 128), every_images=50)
-    assert [growth.side_at(images) for images in (0, 49, 50, 99, 100, 10**9)] == [32, 32, 64, 64, 128, 128]
-    assert growth.plan(16, 1_000) == [(32, 0, 4), (64, 4, 7), (128, 7, 1_000)]  # 48 images seen: step 4 is still small
+    assert [growth.side_at(images) for images in (0, 49, 50, 149, 150, 10**9)] == [32, 32, 64, 64, 128, 128]
+    assert [growth.images_at_this_size(images) for images in (0, 49, 50, 149, 150, 400)] == [0, 49, 0, 99, 0, 250]
+    assert growth.plan(16, 1_000) == [(32, 0, 4), (64, 4, 10), (128, 10, 1_000)]  # 48 images seen: step 4 is still small
     assert growth.plan(16, 4) == [(32, 0, 4)]
     assert growth.plan(16, 6) == [(32, 0, 4), (64, 4, 6)]
-    assert growth.steps_for_all(16) == 10
+    assert growth.steps_for_all(16) == 22
 
 
 def test_a_run_that_ends_too_early_says_so_at_the_start_and_at_the_end(train_tiny, capfd):
     train_tiny(steps=4, image_size=128, grow_every_images=12)
-    warning = ("warning: the run ends with images of 64 px, --image-size is 128: --steps 9 would reach it, with as many "
-               "images at each size\n")
+    warning = ("warning: the run ends with images of 64 px, --image-size is 128: --steps 21 would reach it and stay for as "
+               "long as it should\n")
     assert capfd.readouterr().out.count(warning) == 2
-    train_tiny(steps=9, image_size=128, grow_every_images=12)
+    train_tiny(steps=10, image_size=128, grow_every_images=12)
     assert "warning" not in capfd.readouterr().out
 
 
