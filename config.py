@@ -110,10 +110,10 @@ class Config(Settings):
                                          "which takes a minute or two to start", choices=("auto", "on", "off"))
 
     latent_dim: int = option(128, "model", "size of the latent vector", metavar="Z", minimum=1)
-    base_channels: int = option(32, "model", "width of the largest maps; deeper ones are up to 8 times wider",
-                                metavar="N", minimum=1)
-    base_size: int | None = option(None, "model", "shorter side of the images whose largest maps have that width; larger "
-                                                  "images have narrower maps before these (default: that of --image-size)",
+    base_channels: int = option(32, "model", "width of the largest maps of images of --base-size; deeper ones are up to 8 "
+                                             "times wider", metavar="N", minimum=1)
+    base_size: int | None = option(64, "model", "shorter side of the images whose largest maps have that width; larger "
+                                                "images have narrower maps before these, smaller ones begin with wider ones",
                                    metavar="PIXELS", choices=SHORTER_SIDES)
     grow_from: int | None = option(32, "model", "begin with images of this shorter side, and double it up to --image-size; "
                                                 "that of --image-size: no growth", metavar="PIXELS", choices=SHORTER_SIDES)
@@ -181,9 +181,14 @@ class Config(Settings):
                  "output_layer", "alpha_grid")
         return {name: getattr(self, name) for name in names}
 
+    def critic_arguments(self):
+        """Returns the keyword arguments of Discriminator."""
+        return {name: getattr(self, name) for name in ("image_size", "channels", "base_channels", "base_size", "grow_from")}
+
 
 # What --demo changes, where the command line does not say otherwise: a minute or two on two CPU cores.
-DEMO = {"image_size": 32, "steps": 2_200, "ema_half_life_images": 500.0, "sample_every": 200, "checkpoint_every": 1_000}
+DEMO = {"image_size": 32, "base_size": 32, "steps": 2_200, "ema_half_life_images": 500.0, "sample_every": 200,
+        "checkpoint_every": 1_000}
 
 
 def option_name(field_name):

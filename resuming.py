@@ -34,6 +34,7 @@ RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's 
 MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "check_data", "skip_bad", "device", "compile",
               "cache_dir", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep_checkpoints",
               "tensorboard"}  # without a warning
+MAY_BE_ABSENT = ("base_size", "grow_from")  # from runs that were begun without one, or before there was any
 
 
 class RunFolderError(ValueError):
@@ -119,9 +120,9 @@ def choose_run_folder(base, identity, *, exactly, fresh):
 
 
 def _differences(identity, saved):
-    """Returns the entries of `identity` that a saved config does not have. A run without grow_from never grows."""
+    """Returns the entries of `identity` that a saved config does not have. A run keeps what it was begun without."""
     return {name: value for name, value in identity.items()
-            if saved.get(name) != value and not (name == "grow_from" and saved.get(name) is None)}
+            if saved.get(name) != value and not (name in MAY_BE_ABSENT and saved.get(name) is None)}
 
 
 def _saved_config(folder):
@@ -158,8 +159,7 @@ def resolve_settings(config, state, start, device):
         precision = pick_precision(device) if config.precision == "auto" else config.precision
         return dataclasses.replace(config, precision=precision)
     saved, model = state["config"], state["model_arguments"]
-    if model.get("grow_from") is None:  # begun without growth, or before there was any
-        config = dataclasses.replace(config, grow_from=None)
+    config = dataclasses.replace(config, **{name: None for name in MAY_BE_ABSENT if model.get(name) is None})
     faults = [f"{option_name(name)}: this run has {size_text(model.get(name))}, got {size_text(value)}; --out names another "
               "folder"
               for name, value in config.model_arguments().items() if model.get(name) != value]

@@ -217,7 +217,7 @@ def take_steps_with_statistics():
 
     distributed.start(torch.device("cpu"))
     gan = training.GAN(Config(data="x", **TINY), torch.device("cpu"))
-    gan.critic.blocks.insert(1, nn.BatchNorm2d(4))
+    gan.critic.blocks.insert(1, nn.BatchNorm2d(gan.critic.blocks[0].out_channels))
     gan.critic_optimizer = wgan_gp.make_adam(gan.critic, 1e-3, 0.9)
     images = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     training.training_step(gan, images, 0, 0)

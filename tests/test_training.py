@@ -573,7 +573,7 @@ def test_output_to_a_file_is_lines_and_the_log_is_json(image_folder):
 def test_dry_run_describes_trains_one_step_and_leaves_no_run(image_folder, capfd):
     assert training.main(["--data", str(image_folder), *tiny_arguments(), "--dry-run"]) == 0
     said = capfd.readouterr().out
-    for expected in ("10 images in 3 classes", "generator 0.1 M parameters", "--batch-size               4",
+    for expected in ("10 images in 3 classes", "generator 0.2 M parameters", "--batch-size               4",
                      "one step: wasserstein_distance", "bytes of weights"):
         assert expected in said
     assert not pathlib.Path("runs").exists()
