@@ -332,13 +332,17 @@ def load_start(path, image_size, *, report=print):
         raise CheckpointError(f"--image-size: {path} has networks for {size_text(plain_size(one))} px, so it can be that or "
                               f"twice, four times, ... that, got {size_text(plain_size(other))}")
     if state["critic"]:
-        critic = {name: model[name] for name in CRITIC_ARGUMENTS}
         with torch.device("meta"):
-            expected = Discriminator(**critic).state_dict()
+            expected = Discriminator(**critic_arguments(model)).state_dict()
         check_tensors(state["critic"], expected, f"{path}: critic")
     state["model_arguments"] = {**model, "image_size": plain_size(other), "base_size": model["base_size"] or min(one),
                                 "grow_from": model["grow_from"] or min(one)}
     return state | {name: _names_in_larger(state[name], levels) for name in ("averaged", "critic")}
+
+
+def critic_arguments(model_arguments):
+    """Returns the keyword arguments of a Discriminator for those of its VAE."""
+    return {name: model_arguments[name] for name in CRITIC_ARGUMENTS}
 
 
 def _names_in_larger(weights, levels):

@@ -181,10 +181,6 @@ class Config(Settings):
                  "output_layer", "alpha_grid")
         return {name: getattr(self, name) for name in names}
 
-    def critic_arguments(self):
-        """Returns the keyword arguments of Discriminator."""
-        return {name: getattr(self, name) for name in ("image_size", "channels", "base_channels", "base_size", "grow_from")}
-
 
 # What --demo changes, where the command line does not say otherwise: a minute or two on two CPU cores.
 DEMO = {"image_size": 32, "base_size": 32, "steps": 2_200, "ema_half_life_images": 500.0, "sample_every": 200,

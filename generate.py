@@ -27,7 +27,7 @@ from devices import DeviceError, keep_freed_memory, limit_threads, pick_device
 from fast_paths import use_fast_output_layers
 from image_data import find_images
 from image_files import DataError
-from latent_paths import decode_each, encode_photo, images_of, steady_loop, walk
+from latent_paths import decode_each, encode_photo, frames_of, images_of, steady_loop, walk
 from pictures import PictureError, alpha_picture, enlarge, grid, save_picture
 from randomness import latent_noise
 from synthetic_video import synthetic_video
@@ -213,7 +213,7 @@ def _clips(vae, wanted, z, options):
     """Yields the frames of each image (T, C, H, W), one frame where no clip is asked for."""
     if options.clip == "walk":
         for (seed, index), start in zip(wanted, z.split(1), strict=True):
-            yield torch.stack(list(images_of(vae, walk(start, options.frames, seed=seed, index=index))))
+            yield frames_of(vae, walk(start, options.frames, seed=seed, index=index))
         return
     for decoded in decode_each(vae, z):
         image = decoded.images.cpu()

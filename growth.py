@@ -26,11 +26,11 @@ class Growth(NamedTuple):
 
     def side_at(self, images_seen):
         """Returns the size of a step before which so many images were seen."""
-        return self.sides[bisect.bisect(self.starts, images_seen) - 1]
+        return self.sides[self._number(images_seen)]
 
     def images_at_this_size(self, images_seen):
         """Returns how many of the images seen were of the size of side_at."""
-        return images_seen - max(start for start in self.starts if start <= images_seen)
+        return images_seen - self.starts[self._number(images_seen)]
 
     def plan(self, images_per_step, total_steps):
         """Returns (side, first step, last step) of each size that a run of so many steps gets to."""
@@ -42,6 +42,9 @@ class Growth(NamedTuple):
     def steps_for_all(self, images_per_step):
         """Returns the steps of a run whose last size, too, has twice the images of the one before."""
         return -(-self.every_images * (2**len(self.sides) - 1) // images_per_step)
+
+    def _number(self, images_seen):
+        return bisect.bisect(self.starts, images_seen) - 1
 
 
 def growth_of(config, first_side=0):

@@ -67,19 +67,10 @@ def save_clip(frames, path, *, frames_per_second, num_frames=None):
     if ending != "mp4" and (num_bytes := num_frames * channels * height * width) > LARGEST_IN_MEMORY:
         raise PictureError(f"{path}: {num_frames} frames of {width} x {height} pixels are {num_bytes / 2**30:.1f} GiB, and "
                            f"{ending} needs all of them in memory; --format mp4 does not")
-    written = 0
-
-    def images():
-        nonlocal written
-        for picture in itertools.chain([first], frames):
-            yield to_pil(picture if ending == "webp" else as_rgb(picture))
-            written += 1
-
+    images = (to_pil(picture if ending == "webp" else as_rgb(picture)) for picture in itertools.chain([first], frames))
     if ending == "mp4":
-        _save_mp4(images(), path, frames_per_second, (width - width % 2, height - height % 2))
-    else:
-        _save_in_one(images(), path, frames_per_second, num_frames)
-    return written
+        return _save_mp4(images, path, frames_per_second, (width - width % 2, height - height % 2))
+    return _save_in_one(images, path, frames_per_second, num_frames)
 
 
 def _save_in_one(images, path, frames_per_second, num_frames):
@@ -92,6 +83,7 @@ def _save_in_one(images, path, frames_per_second, num_frames):
     with atomic_write(path) as file:
         first.save(file, format=path.suffix[1:].upper(), save_all=True, append_images=others, loop=0,
                    duration=durations[:1 + len(others)], **quality)
+    return 1 + len(others)
 
 
 def _save_mp4(images, path, frames_per_second, size):
@@ -103,7 +95,7 @@ def _save_mp4(images, path, frames_per_second, size):
     try:
         with av.open(str(unfinished), "w", format="mp4",
                      options={"movflags": "hybrid_fragmented", "flush_packets": "1"}) as container:
-            _encode(images, container, frames_per_second, size)
+            number = _encode(images, container, frames_per_second, size)
         with atomic_write(path) as file, av.open(str(unfinished)) as source, av.open(
                 file.name, "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream_from_template(source.streams.video[0])
@@ -115,6 +107,7 @@ def _save_mp4(images, path, frames_per_second, size):
         raise OSError(f"{path} could not be finished: {free_bytes(path):,} bytes are free there ({error}); what was written "
                       f"can be played: {unfinished}") from error
     unfinished.unlink()
+    return number
 
 
 def _encode(images, container, frames_per_second, size):
@@ -127,7 +120,9 @@ def _encode(images, container, frames_per_second, size):
     codec = stream.codec_context
     codec.colorspace = codec.color_primaries = codec.color_trc = BT709
     codec.color_range = LIMITED_RANGE
-    for image in images:
-        frame = av.VideoFrame.from_image(image.crop((0, 0, *size)))
-        container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+    for number, image in enumerate(images):
+        frame = av.VideoFrame.from_image(image.crop((0, 0, *size))).reformat(format="yuv420p", dst_colorspace="ITU709")
+        frame.pts = number  # in units of 1 / frames_per_second
+        container.mux(stream.encode(frame))
     container.mux(stream.encode())
+    return number + 1

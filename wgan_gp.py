@@ -8,7 +8,7 @@ import torch
 
 import distributed
 from augmentation import augment
-from checkpointing import check_tensors
+from checkpointing import check_tensors, critic_arguments
 from growth import growth_of
 from losses import combined_wasserstein_loss, generator_loss, kl_divergence, reconstruction_loss
 from model_definitions import VAE, Discriminator
@@ -40,7 +40,7 @@ class GAN:
         torch.manual_seed(random_generator(config.seed, "weights").initial_seed())
         self.config, self.device, self.input_gradient = config, device, None
         self.generator = VAE(**config.model_arguments()).to(device)
-        self.critic = Discriminator(**config.critic_arguments()).to(device)
+        self.critic = Discriminator(**critic_arguments(config.model_arguments())).to(device)
         # Convolutions are fastest in channels_last. The CNN is left out: its input is made frame by frame.
         vae = self.generator
         for convolutions in (vae.encoder, vae.inputs, vae.decoder, vae.outputs, self.critic):

@@ -28,6 +28,7 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import training
+from checkpointing import critic_arguments
 from config import Config
 from demo_images import draw_demo_images
 from devices import keep_freed_memory, pick_precision
@@ -68,7 +69,7 @@ def plain_loop(config, measures):
     """Yields after every step of the same networks and algorithm, with the given ones of MEASURES."""
     torch.manual_seed(0)
     generator = VAE(**config.model_arguments()).to(DEVICE)
-    critic = Discriminator(**config.critic_arguments()).to(DEVICE)
+    critic = Discriminator(**critic_arguments(config.model_arguments())).to(DEVICE)
     if "pooling" not in measures:
         order = [start + layer for start in range(0, len(critic.blocks), 3) for layer in (0, 2, 1)]
         generator.encoder, critic.blocks = (nn.Sequential(*(blocks[index] for index in order))
@@ -167,7 +168,7 @@ def floor(config, ticks):
     n = config.batch_size
     kind = {"bfloat16": torch.bfloat16, "float32": torch.float32}[pick_precision(DEVICE)]
     vae = VAE(**config.model_arguments()).to(DEVICE)
-    critic = Discriminator(**config.critic_arguments()).to(DEVICE)
+    critic = Discriminator(**critic_arguments(config.model_arguments())).to(DEVICE)
     work = {"critic": [], "encoder": [], "decoder": []}
     calls, hooks = [], []
 
