@@ -328,7 +328,7 @@ def test_names_that_a_terminal_would_obey_or_cannot_show_are_spelt_out(tmp_path,
 
 def under_a_memory_limit():
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000,) * 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits as on Linux")
