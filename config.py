@@ -77,7 +77,8 @@ def missing_package(asked, option, module, package):
 class Config(Settings):
     """The settings of one run. `--base-channels` on the command line is `base_channels` here."""
 
-    data: str | None = option(None, "data", "folder of images, flat or with a folder for each class", metavar="DIR")
+    data: str | None = option(None, "data", "folder of images and films, flat or with a folder for each class; or a film",
+                              metavar="DIR|FILM")
     demo: bool = option(False, "data", "draw a small folder of images and train on it, at settings that suit a laptop")
     image_size: tuple | int = option(128, "data", "side of square images, or height and width, such as 128x224: the "
                                                   "shorter is 32, 64, 128, 256 or 512, the longer a multiple of its quarter",
@@ -85,6 +86,8 @@ class Config(Settings):
     channels: int = option(3, "data", "1: grey, 3: colours, 4: colours and transparency", choices=CHANNELS)
     resize_mode: str = option("crop", "data", "images of another shape: keep the centre, add white (with 4 channels: "
                                               "nothing), or change their proportions", choices=RESIZE_MODES)
+    video_fps: float | None = option(None, "data", "images per second of films (default: 2); where it is given, animated "
+                                                   "GIF, PNG and WebP are films too", metavar="N", above=0)
     cache_dir: str = option("cache", "data", "where decoded images are kept", metavar="DIR")
     check_data: bool = option(False, "data", "decode every image, report on the folder, then stop")
     skip_bad: bool = option(False, "data", "go on without the files that cannot be read")
@@ -233,7 +236,7 @@ def source_and_options(parser, settings, arguments=None):
 def parser():
     """Returns the argparse parser of training.py."""
     parser = argparse.ArgumentParser(
-        prog="training.py", usage="training.py (--data DIR | --demo) [options]", allow_abbrev=False,
+        prog="training.py", usage="training.py (--data DIR|FILM | --demo) [options]", allow_abbrev=False,
         description="Train a VAE with a CNNParamTanh layer as the generator of a WGAN-GP, on a folder of images. "
                     "Running the same command again continues the run.")
     add_options(parser, Config)

@@ -1,10 +1,9 @@
 """What is in a folder of images, and what may be wrong with it: for --check-data."""
-import pathlib
 import statistics
 from collections import Counter
 
 from console import say
-from image_data import check_readable, common_levels_of, decode_folder, passed_over_text
+from image_data import check_readable, class_of, common_levels_of, decode_folder, passed_over_text
 from image_sizes import LONGEST, SMALLEST_MAP, height_and_width, plain_size, size_text
 
 LISTED = 20  # entries shown of a list that may be long
@@ -16,24 +15,26 @@ def check_data(folder, config):
 
     Args:
         folder: a resolved path.
-        config: a Config, for image_size, channels, resize_mode, cache_dir and skip_bad.
+        config: a Config, for image_size, channels, resize_mode, video_fps, cache_dir and skip_bad.
 
     Raises:
         DataError: as image_data.decode_folder; unreadable images, all of them by name.
     """
     found, files = decode_folder(folder, config.image_size, cache_dir=config.cache_dir, channels=config.channels,
-                                 resize_mode=config.resize_mode)
+                                 resize_mode=config.resize_mode, video_fps=config.video_fps)
     bad = {facts.name: facts.fault for facts in files if facts.fault}
     say(report(folder, config, files))
     say_what_is_left_out({}, found.passed_over)
     check_readable(found, bad, skip_bad=config.skip_bad)
-    say_what_is_left_out(bad | found.closed, {})
+    say_what_is_left_out(bad | found.closed, {}, {facts.film: facts.remark for facts in files if facts.remark})
 
 
-def say_what_is_left_out(bad, passed_over):
-    """Prints ImageSet.skipped and ImageSet.passed_over."""
+def say_what_is_left_out(bad, passed_over, remarks=None):
+    """Prints ImageSet.skipped, ImageSet.passed_over and ImageSet.remarks."""
     if passed_over:
         say(f"passed over: {passed_over_text(passed_over)}")
+    for film, remark in (remarks or {}).items():
+        say(f"note: {film}: {remark}")
     if bad:
         say("\n".join([f"warning: {len(bad)} files cannot be read and are left out:",
                        *(f"  {name}: {reason}" for name, reason in bad.items())]))
@@ -74,9 +75,10 @@ def report(folder, config, files):
     small = [f"{facts.name}: {facts.width} x {facts.height}" for facts in good
              if enlarged((facts.width < width, facts.height < height))]
     same = [f"{facts.name}: as {first[facts.digest]}" for facts in good if facts.name != first[facts.digest]]
+    frames, still = (Counter(facts.film for facts in those) for those in (good, [facts for facts in good if facts.still]))
     lines = [
         f"{folder}: {len(files)} images, {len(files) - len(good)} of them cannot be read",
-        _counts("class", ((*pathlib.PurePath(facts.name).parts[:-1], "no class")[0] for facts in good)),
+        _counts("class", (class_of(facts) or "no class" for facts in good)),
         _counts("width x height", (f"{facts.width} x {facts.height}" for facts in good)),
         _counts("mode", (facts.mode for facts in good)),
         *(_shapes(good, height, width) if good else ()),
@@ -84,6 +86,8 @@ def report(folder, config, files):
                  common_levels_of(files), config.channels),
         _listing(f"smaller than {size_text(config.image_size)} px, enlarged: {len(small)}\n  ", small, "\n  "),
         _listing(f"the same picture as another: {len(same)}\n  ", same, "\n  "),
+        _listing("frames of films nearly the same as the one before: ",
+                 [f"{film}: {count} of {frames[film]}" for film, count in still.items()], ", "),
     ]
     return "\n".join(line for line in lines if line)
 

@@ -33,6 +33,7 @@ class Options(Settings):
                              minimum=MINIMUM_IMAGES)
     inception: bool = option(False, "what", "FID and KID too, by torch-fidelity, which has to be installed and fetches a "
                                             "network of 95 MB once")
+    video_fps: float | None = option(None, "how", "as for training.py", metavar="N", above=0)
     seed: int = option(0, "how", "of the generated images", metavar="S", minimum=0)
     json: bool = option(False, "how", "print one line of JSON instead of a table")
     skip_bad: bool = option(False, "how", "go on without the files that cannot be read")
@@ -97,7 +98,7 @@ def evaluate(vae, options):
 def _load(folder, vae, options):
     """Returns the images of a folder, prepared as those that the VAE was trained on."""
     return load_images(folder, vae.image_shape[1:], cache_dir=options.cache_dir, skip_bad=options.skip_bad,
-                       **preparation_of(vae)).images
+                       video_fps=options.video_fps, **preparation_of(vae)).images
 
 
 def alarms(metrics):

@@ -6,6 +6,7 @@ the run, the first 64 images are those of its sample grids.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -25,16 +26,18 @@ from config import DEVICES, Settings, add_options, option, option_name, source_a
 from console import Interrupt, print_error, program_output, say
 from devices import DeviceError, keep_freed_memory, limit_threads, pick_device
 from fast_paths import use_fast_output_layers
-from image_data import find_images
+from film_sound import sound_of
+from image_data import find_files, find_images
 from image_files import DataError
-from latent_paths import decode_each, encode_photo, frames_of, images_of, steady_loop, walk
+from latent_paths import decode_each, encode_film, encode_photo, frames_of, images_of, steady_film, steady_loop, walk
 from pictures import PictureError, alpha_picture, enlarge, grid, save_picture
 from randomness import latent_noise
 from synthetic_video import synthetic_video
-from video_files import CLIP_FORMATS, FASTEST_GIF, mp4_fault, save_clip
+from video_files import CLIP_FORMATS, FASTEST_GIF, pyav_fault, save_clip
+from video_frames import VIDEO_EXTENSIONS
 
 MANY = 256  # images, after which the faster layer has made up for the time that its preparation takes
-KINDS = ("video", "clip", "animate", "morph", "alpha_maps", "timelapse", "export")  # instead of single images
+KINDS = ("video", "clip", "animate", "morph", "reconstruct", "alpha_maps", "timelapse", "export")  # instead of single images
 SECONDS_PER_KEYFRAME = 2
 FILM_RATE, CLIP_RATE = 30, 8  # frames per second
 MOST_NUMBERS = 1_000_000  # of images named by --images or --seeds
@@ -64,6 +67,8 @@ class Options(Settings):
                                             "the synthetic video of each image", choices=("walk", "synthetic"))
     animate: str | None = option(None, "what", "a short film around a photo of your own", metavar="PHOTO")
     morph: list | None = option(None, "what", "a short film from one photo to another and back", metavar=("PHOTO", "PHOTO"))
+    reconstruct: list | None = option(None, "what", "films, photos or folders of them as the generator knows them, with the "
+                                      "sound of the films", metavar="FILE")
     alpha_maps: bool = option(False, "what", "each image before the output layer, alpha as a heat map, the image after")
     timelapse: bool = option(False, "what", "the sample grids of a run as one clip, a frame for each")
     export: str | None = option(None, "what", "write a checkpoint of the generator alone, small enough to hand on",
@@ -78,14 +83,15 @@ class Options(Settings):
     size: int | None = option(None, "how", "enlarge images, or grids of a time lapse, to this width", metavar="PIXELS",
                               minimum=1, maximum=4096)
     enlarge: str = option("smooth", "how", "in what way", choices=("smooth", "nearest"))
-    format: str = option("webp", "how", "of clips; mp4 needs the package av", choices=tuple(CLIP_FORMATS))
+    format: str | None = option(None, "how", "of clips; mp4 needs the package av (default: mp4 for films of --reconstruct, "
+                                             "else webp)", choices=tuple(CLIP_FORMATS))
     out: str = option("generated", "how", "folder to write to", metavar="DIR")
     device: str = option("auto", "how", "where to compute", choices=DEVICES)
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
         faults = super().faults()
-        if self.format == "mp4" and (fault := mp4_fault()):
+        if self.format == "mp4" and (fault := pyav_fault()):
             faults.append(f"--format mp4: {fault}")
         if self.format == "gif" and isinstance(self.fps, int) and self.fps > FASTEST_GIF:
             faults.append(f"--fps: must be at most {FASTEST_GIF} for gif, got {self.fps}")
@@ -177,6 +183,8 @@ def generate(source, options):
     limit_threads()
     if options.video is not None or options.animate is not None or options.morph:
         return [_film(vae, options)]
+    if options.reconstruct:
+        return list(_reconstructed(vae, options))
     wanted, z = _noise(vae, options, default=options.num_images)
     if len(z) * (options.frames if options.clip == "walk" else 1) >= MANY:
         use_fast_output_layers(vae, report=say)
@@ -245,6 +253,33 @@ def _film(vae, options):
     return _save(map(_side_by_side, rows) if options.grid else (row[0] for row in rows), length, name, options)
 
 
+def _reconstructed(vae, options):
+    """Writes films and photos as the VAE reconstructs them; yields the path of each."""
+    for source in map(pathlib.Path, options.reconstruct):
+        source = source.expanduser()
+        folder, files = (source.resolve(), find_files(source)) if source.is_dir() else (source.parent, [source])
+        for file in files:
+            name = "-".join([*file.relative_to(folder).parts[:-1], _stem(file), "reconstruction"])
+            if file.suffix.lower() in VIDEO_EXTENSIONS:
+                yield _reconstructed_film(vae, file, name, options)
+            else:
+                image = next(images_of(vae, encode_photo(vae, file)))
+                yield _save(iter(_enlarged(image[None], options)), 1, name, options)
+
+
+def _reconstructed_film(vae, file, name, options):
+    latents = encode_film(vae, file)
+    if len(latents.z) >= MANY:
+        use_fast_output_layers(vae, report=say)
+    z, flicker = steady_film(vae, latents)
+    for line in (*latents.remarks, flicker):
+        if line:
+            say(f"{file}: {line}")
+    frames = (_enlarged(image[None], options)[0] for image in images_of(vae, z, leave=True))
+    sound = functools.partial(sound_of, file, latents.start, report=say)
+    return _save(frames, len(z), name, options, ends=latents.ends, sound=sound)
+
+
 def _encoded(vae, photos):
     """Returns the latent vectors (K, Z) of photos; says which are far longer than those of noise."""
     z = torch.cat([encode_photo(vae, photo) for photo in photos])
@@ -280,17 +315,21 @@ def _rate(options):
     return options.fps or (CLIP_RATE if options.video is None else FILM_RATE)
 
 
-def _save(frames, length, name, options):
-    """Writes `length` frames (C, H, W), as they come, as a clip, a single one as a picture; returns the path."""
-    is_clip = length > 1 or options.video is not None
-    path = pathlib.Path(options.out, f"{name}.{options.format if is_clip else 'png'}")
+def _save(frames, length, name, options, *, ends=None, sound=None):
+    """Writes `length` frames (C, H, W), as they come, as a clip, a single one as a picture; returns the path.
+
+    Args:
+        ends, sound: as for video_files.save_clip, for films of --reconstruct.
+    """
+    is_clip = length > 1 or options.video is not None or ends
+    path = pathlib.Path(options.out, f"{name}.{options.format or ('mp4' if ends else 'webp')}" if is_clip else f"{name}.png")
     if not is_clip:
         save_picture(next(iter(frames)), path)
         return path
     with Interrupt() as signals:
         signals.defer()
         frames = itertools.takewhile(lambda _: not signals.received, frames)
-        written = save_clip(frames, path, frames_per_second=_rate(options), num_frames=length)
+        written = save_clip(frames, path, frames_per_second=_rate(options), num_frames=length, ends=ends, sound=sound)
     if signals.received:
         say(f"stopped: {path} has the first {written} of {length} frames" if written else "stopped before the first frame")
         raise KeyboardInterrupt(signals.received)

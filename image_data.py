@@ -1,7 +1,8 @@
-"""Reads a folder of images and gives batches of them in a fixed order.
+"""Reads a folder of images and films and gives batches of images in a fixed order.
 
-Every image is decoded once, into a memory-mapped file of uint8 pixels that training indexes: no DataLoader, no workers, and
-the order can be entered at any position. uint8 is used only here, where pictures are written and for torch-fidelity.
+Every image, and every frame that is taken of a film, is decoded once, into a memory-mapped file of uint8 pixels that
+training indexes: no DataLoader, no workers, and the order can be entered at any position. uint8 is used only here, where
+pictures are written and for torch-fidelity.
 """
 import contextlib
 import functools
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from devices import num_cpus
@@ -25,8 +27,10 @@ from image_files import (
     READS_HEIC,
     DataError,
     PassingError,
+    Picture,
     are_grey,
     common_levels,
+    prepared,
     read_picture,
     reads_heic,
     what_it_is,
@@ -34,17 +38,21 @@ from image_files import (
 from image_sizes import CHANNELS, as_pair, size_text
 from randomness import random_generator
 from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
+from video_files import pyav_fault
+from video_frames import VIDEO_EXTENSIONS, is_film, open_film, sampled
 
 CACHE_VERSION = 3
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
-CHUNK = 512  # images decoded between two writes to the cache
+CHUNK = 512  # files decoded together
+VIDEO_FPS = 2  # images per second of a film, where nothing else is asked for
+STILL = 4  # of 255: the largest change of any 64th of a frame that is nearly the same as the one before
 
 
 class ImageSet(NamedTuple):
     """Decoded images, and what decoding them has shown."""
 
     images: torch.Tensor  # (M, C, H, W) uint8; those of a folder are memory-mapped, and writing to them ends the process
-    folder: pathlib.Path | str  # a name, where there is no folder
+    folder: pathlib.Path | str  # or a film; a name, where there is no folder
     class_counts: dict  # name of the first folder below `folder` ("" for the folder itself) to number of images
     skipped: dict  # name of a file or folder that cannot be read, below `folder`, to the reason
     passed_over: dict = {}  # kind of what is no image that can be read, or is in a hidden folder, to their number
@@ -54,12 +62,13 @@ class ImageSet(NamedTuple):
     levels: dict = {}  # see image_files.decode_image; {} where no image has more than 8 bits
     num_grey: int = 0  # images without colours, where C is 3 or 4
     num_transparent: int = 0  # images with transparent parts
+    remarks: dict = {}  # name of a film to what a person should know about it
 
 
 class FileFacts(NamedTuple):
-    """What decoding a file has shown; of a file that cannot be read only `name`, `fault` and `passing`."""
+    """What decoding a picture or a frame has shown; of a file that cannot be read only `name`, `fault` and `passing`."""
 
-    name: str  # below the folder
+    name: str  # below the folder; of a frame with its time
     fault: str | None = None
     passing: bool = False  # whether another try may read it
     width: int = 0
@@ -71,13 +80,17 @@ class FileFacts(NamedTuple):
     kind: str | None = None  # see image_files.Picture
     lowest: float = 0.0
     highest: float = 0.0
+    film: str = ""  # of a frame: the name of its file, below the folder
+    still: bool = False  # whether a frame is nearly the same as the one taken before it
+    remark: str = ""  # about the film, with its last frame
 
 
 class Found(NamedTuple):
     """What is in a folder."""
 
-    folder: pathlib.Path  # resolved
-    paths: list  # of the images, sorted
+    source: pathlib.Path  # resolved: the folder, or a film alone
+    folder: pathlib.Path  # that names are below
+    paths: list  # of the images and films, sorted
     passed_over: dict  # see ImageSet
     closed: dict  # name of a folder that cannot be entered to the reason
 
@@ -88,20 +101,32 @@ def find_images(folder):
     Raises:
         DataError: no such folder, no images in it, or a folder in it that cannot be entered.
     """
-    found = _find(folder)
+    return find_files(folder, films=False)
+
+
+def find_files(folder, *, films=True):
+    """Returns the paths of find_images and, where PyAV is installed, those of films. Raises as find_images."""
+    found = _find(folder, films=films)
     check_readable(found, {}, skip_bad=False)
     return found.paths
 
 
-def _find(folder):
+def _find(folder, *, films=True):
     folder = pathlib.Path(folder).expanduser().resolve()
     layout = f"Put images below it, in one folder ({folder}/a.jpg) or in one folder for each class ({folder}/cats/a.jpg)."
+    if films and folder.is_file() and folder.suffix.lower() in VIDEO_EXTENSIONS:
+        if fault := pyav_fault():
+            raise DataError(f"{folder}: {fault}")
+        return Found(folder, folder.parent, [folder], Counter(), {})
     if not folder.is_dir():
         if folder.exists() and "archive" in (what_it_is(folder) or ""):
             raise DataError(f"{folder} is {what_it_is(folder).split(',')[0]}: unpack it, and give the folder that comes out")
-        raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}, a folder of images is needed. {layout}")
+        raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}, a folder of images or a film is needed. "
+                        f"{layout}")
     extensions = EXTENSIONS if reads_heic() else tuple(set(EXTENSIONS) - set(HEIC_EXTENSIONS))
-    found = Found(folder, [], Counter(), {})
+    if films and not pyav_fault():
+        extensions += VIDEO_EXTENSIONS
+    found = Found(folder, folder, [], Counter(), {})
     for parent, names in _walk(found):
         for name in names:
             if name.startswith("._"):
@@ -141,12 +166,15 @@ def _walk(found):
 def passed_over_text(passed_over):
     """Returns ImageSet.passed_over as text, and what would read the pictures among it."""
     advice = dict.fromkeys(HEIC_EXTENSIONS, f" ({READS_HEIC})") | dict.fromkeys(ARCHIVES, " (unpack it)")
+    if fault := pyav_fault():
+        advice |= dict.fromkeys(VIDEO_EXTENSIONS, f" ({fault})")
     kinds = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {kind}{advice.get(kind, '')}" for kind, count in kinds)
 
 
-def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, resize_mode="crop", levels=None):
-    """Returns the ImageSet of a folder, from the cache, which is built first where there is none.
+def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, resize_mode="crop", levels=None,
+                video_fps=None):
+    """Returns the ImageSet of a folder or a film, from the cache, which is built first where there is none.
 
     The cache is keyed by the names, sizes and times of the files and by how they are prepared: a changed folder is decoded
     again. It is written atomically. Of runs that start together one builds it, and the others wait.
@@ -157,11 +185,12 @@ def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, re
         cache_dir: where the cache is kept; made where it is missing.
         skip_bad: go on without the files and folders that cannot be read.
         levels: as for image_files.decode_image, but where not given common to the whole set.
+        video_fps: images per second of films; where it is given, animated GIF, PNG and WebP are films too.
 
     Raises:
         DataError: as find_images; unreadable images, all of them by name; the cache cannot be written.
     """
-    cache = _Cache(folder, image_size, cache_dir, channels, resize_mode, levels)
+    cache = _Cache(folder, image_size, cache_dir, channels, resize_mode, levels, video_fps)
     facts = cache.usable_facts(skip_bad)
     if facts is None:
         with cache.held():
@@ -177,16 +206,17 @@ def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, re
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that it must not be written to
         images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *cache.shape)
-    return ImageSet(images, found.folder, Counter(facts["classes"]), bad, found.passed_over, tuple(facts["classes"]),
-                    facts["digest"], resize_mode, facts["levels"], facts["num_grey"], facts["num_transparent"])
+    return ImageSet(images, found.source, Counter(facts["classes"]), bad, found.passed_over, tuple(facts["classes"]),
+                    facts["digest"], resize_mode, facts["levels"], facts["num_grey"], facts["num_transparent"],
+                    facts.get("remarks", {}))
 
 
-def decode_folder(folder, image_size, *, cache_dir, channels=3, resize_mode="crop"):
+def decode_folder(folder, image_size, *, cache_dir, channels=3, resize_mode="crop", video_fps=None):
     """Decodes every image of a folder into the cache; returns what it has Found and the FileFacts of each image.
 
     Arguments and errors as for load_images, but for those about images that cannot be read.
     """
-    cache = _Cache(folder, image_size, cache_dir, channels, resize_mode, None)
+    cache = _Cache(folder, image_size, cache_dir, channels, resize_mode, None, video_fps)
     with cache.held():
         return cache.found, cache.build()
 
@@ -201,7 +231,7 @@ def check_readable(found, bad, *, skip_bad):
     num_left, bad = len(found.paths) - len(bad), bad | found.closed
     if bad and not (skip_bad and num_left):
         choice = "repair or remove them" + (", or go on without them (--skip-bad)" if num_left else "")
-        raise DataError("\n".join([f"{len(bad)} of {num_left + len(bad)} images in {found.folder} cannot be read; {choice}:",
+        raise DataError("\n".join([f"{len(bad)} of {num_left + len(bad)} images in {found.source} cannot be read; {choice}:",
                                    *(f"  {name}: {reason}" for name, reason in bad.items())]))
 
 
@@ -219,14 +249,15 @@ class _Cache:
         shape: (C, H, W).
     """
 
-    def __init__(self, folder, image_size, cache_dir, channels, resize_mode, levels):
+    def __init__(self, folder, image_size, cache_dir, channels, resize_mode, levels, video_fps):
         self.found = _find(folder)
-        self.shape, self.levels = (channels, *as_pair(image_size)), levels or {}
+        self.shape, self.levels, self.video_fps = (channels, *as_pair(image_size)), levels or {}, video_fps
         self.how = {"channels": channels, "resize_mode": resize_mode}
-        key = json.dumps([CACHE_VERSION, self.shape, resize_mode, reads_heic(), str(self.found.folder),
-                          [(str(path.relative_to(self.found.folder)), *_size_and_time(path)) for path in self.found.paths]])
+        key = json.dumps([CACHE_VERSION, self.shape, resize_mode, reads_heic(), str(self.found.source),
+                          [(str(path.relative_to(self.found.folder)), *_size_and_time(path)) for path in self.found.paths],
+                          *([] if video_fps is None else [video_fps])])
         key = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-        self.path = pathlib.Path(cache_dir) / f"{self.found.folder.name[:40]}-{size_text(image_size)}px-{key}.uint8"
+        self.path = pathlib.Path(cache_dir) / f"{self.found.source.name[:40]}-{size_text(image_size)}px-{key}.uint8"
 
     def facts(self):
         """Returns what is known about the images; None where there is no cache."""
@@ -247,7 +278,8 @@ class _Cache:
             return None
         passing = set(facts["passing"])
         paths = [path for path in self.found.paths if _name(path, self.found.folder) in passing] if passing else []
-        return None if any(not self._read(path, self.levels)[0].fault for path in paths) else facts
+        read = (next(self._frames(path)) if self._is_film(path) else self._read(path, self.levels) for path in paths)
+        return None if any(not facts.fault for facts, _ in read) else facts
 
     @contextlib.contextmanager
     def held(self):
@@ -263,25 +295,30 @@ class _Cache:
             raise DataError(f"--cache-dir: {error}") from None
 
     def build(self):
-        """Decodes all files; returns the FileFacts of each."""
+        """Decodes all files; returns the FileFacts of each picture and frame."""
         paths, size = self.found.paths, _num_bytes(self.shape)
         needed, free = len(paths) * size, free_bytes(self.path.parent)
         if needed > free:
             raise DataError(f"the cache of {len(paths)} images at {size_text(self.shape[1:])} px needs {needed:,} bytes in "
                             f"{self.path.parent}, {free:,} are free; --cache-dir names another place")
-        files = []
+        files, paths_of_files = [], []
         with (atomic_write(self.path, bytes_needed=needed) as file, ThreadPoolExecutor(num_cpus()) as pool,
-              warnings.catch_warnings(), tqdm(total=len(paths), desc="decoding", unit="image", disable=None) as progress):
+              warnings.catch_warnings(), tqdm(total=len(paths), desc="decoding", unit="file", disable=None) as progress):
             warnings.simplefilter("ignore")  # Pillow warns about single files; what cannot be read is named in FileFacts
             read = functools.partial(self._read, levels=self.levels)
             for start in range(0, len(paths), CHUNK):
-                for facts, pixels in pool.map(read, paths[start:start + CHUNK]):
-                    files.append(facts)
-                    file.write(pixels)
+                films = [self._is_film(path) for path in paths[start:start + CHUNK]]
+                chunk = list(zip(paths[start:start + CHUNK], films, strict=True))
+                pictures = pool.map(read, [path for path, film in chunk if not film])
+                for path, film in chunk:
+                    for facts, pixels in self._frames(path, progress) if film else [next(pictures)]:
+                        files.append(facts)
+                        paths_of_files.append(path)
+                        file.write(pixels)
                     progress.update()
             common, place = common_levels_of(files), 0
             levels = self._levels(common)
-            for index, (path, facts) in enumerate(zip(paths, files, strict=True)):
+            for index, (path, facts) in enumerate(zip(paths_of_files, files, strict=True)):
                 own = common_levels(facts.kind, facts.lowest, facts.highest)
                 if facts.kind and facts.kind not in self.levels and list(own) != levels[facts.kind]:
                     files[index], pixels = self._read(path, levels)
@@ -295,28 +332,64 @@ class _Cache:
         """Returns the levels of the kinds of samples that the set has: those asked for, else the common ones."""
         return {kind: list(self.levels.get(kind, levels)) for kind, levels in common.items()}
 
+    def _is_film(self, path):
+        return path.suffix.lower() in VIDEO_EXTENSIONS if self.video_fps is None else is_film(path)
+
     def _read(self, path, levels):
-        """Returns the FileFacts and the bytes of the pixels of a file."""
+        """Returns the FileFacts and the bytes of the pixels of a picture."""
         name = _name(path, self.found.folder)
         try:
-            pixels, *facts = read_picture(path, self.shape[1:], levels=levels, **self.how)
+            return _described(name, read_picture(path, self.shape[1:], levels=levels, **self.how))
         except DataError as error:
             return FileFacts(name, str(error), isinstance(error, PassingError)), b""
-        pixels = pixels.numpy().tobytes()
-        width, height, mode, *others = facts
-        digest = hashlib.blake2b(pixels, digest_size=16).hexdigest()
-        return FileFacts(name, None, False, width, height, mode, digest, *others), pixels
+
+    def _frames(self, path, progress=None):
+        """Yields the FileFacts and the bytes of the pixels of each frame that is taken of a film."""
+        name, waiting, last = _name(path, self.found.folder), None, None
+        try:
+            with open_film(path) as film:
+                for frame in sampled(film.frames(), self.video_fps or VIDEO_FPS):
+                    if waiting:
+                        yield waiting
+                    image = frame.picture()
+                    pixels, transparent = prepared(image, self.shape[1:], **self.how)
+                    grey, now = are_grey(pixels[None]).item(), F.adaptive_avg_pool2d(pixels.float(), 8)
+                    still, last = last is not None and (now - last).abs().max().item() <= STILL, now
+                    picture = Picture(pixels, *image.size, image.mode, grey, transparent, None, 0.0, 0.0)
+                    facts, content = _described(f"{name} at {float(frame.time):.2f} s", picture)
+                    waiting = facts._replace(film=name, still=still), content
+                    if progress is not None:
+                        place = f"{name[-30:]} {float(frame.time):.0f} of {film.duration:.0f} s"
+                        progress.set_postfix_str(place, refresh=False)
+                        progress.update(0)
+                yield waiting[0]._replace(remark="; ".join(film.remarks)), waiting[1]
+        except DataError as error:
+            yield FileFacts(name, str(error), isinstance(error, PassingError)), b""
 
     def _write_facts(self, files, common, levels):
         good = [facts for facts in files if not facts.fault]
-        classes = [(*pathlib.PurePath(facts.name).parts[:-1], "")[0] for facts in good]
+        classes = [class_of(facts) for facts in good]
         digest = hashlib.blake2b(repr([self.shape, [facts.digest for facts in good]]).encode(), digest_size=16).hexdigest()
         facts = {"bad": {facts.name: facts.fault for facts in files if facts.fault},
                  "passing": [facts.name for facts in files if facts.passing], "classes": classes, "digest": digest,
                  "common_levels": common, "levels": levels, "num_grey": sum(facts.grey for facts in good),
-                 "num_transparent": sum(facts.transparent for facts in good)}
+                 "num_transparent": sum(facts.transparent for facts in good),
+                 "remarks": {facts.film: facts.remark for facts in good if facts.remark}}
         with atomic_write(self.path.with_suffix(".json")) as file:
             file.write(json.dumps(facts).encode())
+
+
+def class_of(facts):
+    """Returns the class of an image: its first folder, at the top "", or the name of its film."""
+    return (*pathlib.PurePath(facts.film or facts.name).parts[:-1], facts.film)[0]
+
+
+def _described(name, picture):
+    """Returns the FileFacts and the bytes of the pixels of a Picture."""
+    pixels, width, height, mode, *others = picture
+    pixels = pixels.numpy().tobytes()
+    digest = hashlib.blake2b(pixels, digest_size=16).hexdigest()
+    return FileFacts(name, None, False, width, height, mode, digest, *others), pixels
 
 
 def _num_bytes(shape):

@@ -198,14 +198,24 @@ def _read(file, sides, channels, resize_mode, levels):
             width, height = height, width
         if orientation in TURNED:
             image = image.transpose(TURNED[orientation])
-        transparent = image.has_transparency_data
-        if transparent:
-            image = image.convert("RGBA")
-            transparent = image.getextrema()[3][0] < 255
-        pixels = pil_to_tensor(_resized(_with_channels(image, channels), *sides, resize_mode)).contiguous()
+        pixels, transparent = prepared(image, sides, channels=channels, resize_mode=resize_mode)
+    return Picture(pixels, width, height, mode, are_grey(pixels[None]).item(), transparent, kind, lowest, highest)
+
+
+def prepared(image, image_size, *, channels, resize_mode):
+    """Returns a PIL image of 8 bits as uint8 (C, H, W), and whether any of it is transparent.
+
+    Args:
+        image_size, channels, resize_mode: as for decode_image.
+    """
+    transparent = image.has_transparency_data
+    if transparent:
+        image = image.convert("RGBA")
+        transparent = image.getextrema()[3][0] < 255
+    pixels = pil_to_tensor(_resized(_with_channels(image, channels), *as_pair(image_size), resize_mode)).contiguous()
     if channels == 4:
         pixels[:3].masked_fill_(pixels[3:] == 0, 255)
-    return Picture(pixels, width, height, mode, are_grey(pixels[None]).item(), transparent, kind, lowest, highest)
+    return pixels, transparent
 
 
 def _tiff_tags(image):

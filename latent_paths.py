@@ -1,21 +1,27 @@
-"""Paths through the latent space of a VAE, photos as its start, and the images along a path.
+"""Paths through the latent space of a VAE, photos and films as what they go through, and the images along a path.
 
 Notation as in model_definitions.py.
 """
 import math
 import pathlib
+from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from checkpointing import preparation_of
-from image_files import DataError, decode_image
+from image_files import DataError, decode_image, prepared
 from model_definitions import Decoded
 from randomness import latent_noise
+from video_frames import open_film
 
 PIXELS_AT_A_TIME = 2**18  # 16 images of 128 px: enough work for all cores, in less than 1 GiB
 WALK_RADIUS = 0.3  # of the circle of a walk, in standard deviations of the latent space
 MEASURED_PER_KEY, MEASURED = 32, 96  # images that are made of a path, and at least, to learn how fast they change along it
+WINDOWS = (1, 3, 5, 9, 17)  # numbers of frames over which the latent vectors of a film may be averaged
+CUT, CUT_OF_MEDIAN = 0.1, 4  # mean change of pixels to the next frame, and times the median one, from which it is a cut
+PAIRS = 64  # of neighbouring frames in which flicker is measured
 
 
 def loop(keys, places, *, seed=0, index=0):
@@ -86,11 +92,15 @@ def steady_loop(vae, keys, num_frames, *, seed=0, index=0):
     return loop(keys, ((after - 1 + part.clamp(0, 1)) / count).to(keys), seed=seed, index=index)
 
 
+def _images_at_a_time(vae):
+    height, width = vae.image_shape[-2:]
+    return max(1, PIXELS_AT_A_TIME // (height * width))
+
+
 @torch.no_grad()
 def decode_each(vae, z):
     """Yields VAE.decode_parts of each row of z (N, Z), computed some rows at a time; N changes them by rounding alone."""
-    height, width = vae.image_shape[-2:]
-    for rows in z.split(max(1, PIXELS_AT_A_TIME // (height * width))):
+    for rows in z.split(_images_at_a_time(vae)):
         decoded = vae.decode_parts(rows)
         for index in range(len(rows)):
             yield Decoded(*(None if part is None else part[index:index + 1] for part in decoded))
@@ -128,3 +138,86 @@ def read_photo(path, image_size, **preparation):
 def encode_photo(vae, path):
     """Returns the mean latent vector (1, Z) of a picture file, prepared as the training images. Raises as read_photo."""
     return vae.encode(read_photo(path, vae.image_shape[1:], **preparation_of(vae)).to(vae.mu.weight.device))[0]
+
+
+class FilmLatents(NamedTuple):
+    """A film as a VAE encodes it."""
+
+    z: torch.Tensor  # (T, Z) the mean of each frame
+    changes: torch.Tensor  # (T,) mean absolute difference of a frame, prepared as the training images, to the one before; 0
+    ends: list  # of the frames, in seconds from the first one's start (Fraction)
+    start: Fraction  # of the first frame, in the time of the file
+    remarks: list  # see video_frames.Video
+
+
+@torch.no_grad()
+def encode_film(vae, path):
+    """Returns the FilmLatents of all frames of a film. One frame is in memory at a time, or a few.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    preparation = preparation_of(vae)
+    how = {"channels": preparation["channels"], "resize_mode": preparation["resize_mode"]}
+    at_a_time, device = _images_at_a_time(vae), vae.mu.weight.device
+    z, changes, ends, waiting, last = [], [], [], [], None
+    try:
+        with open_film(path) as film:
+            for frame in tqdm(film.frames(), desc="reading", unit="frame", leave=False, disable=None):
+                image = prepared(frame.picture(), vae.image_shape[1:], **how)[0] / 255
+                changes.append(0.0 if last is None else (image - last).abs().mean().item())
+                ends.append(frame.end)
+                waiting.append(image)
+                last = image
+                if len(waiting) == at_a_time:
+                    z.append(vae.encode(torch.stack(waiting).to(device))[0])
+                    waiting.clear()
+            if waiting:
+                z.append(vae.encode(torch.stack(waiting).to(device))[0])
+            return FilmLatents(torch.cat(z), torch.tensor(changes), ends, getattr(film, "start", Fraction(0)), film.remarks)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def smoothed(z, window, cuts):
+    """Returns latent vectors (T, Z) averaged over neighbouring frames, with the weights of binomial coefficients.
+
+    The window is symmetric, so motion does not lag; at both ends, and at cuts, the last vector is repeated.
+
+    Args:
+        z: (T, Z).
+        window: an odd number of frames.
+        cuts: (T,) bool, whether a frame is the first one after a cut.
+    """
+    weights, half = [math.comb(window - 1, k) / 2**(window - 1) for k in range(window)], window // 2
+    first = torch.arange(len(z), device=z.device).where(cuts, 0).cummax(0).values  # of the frame's scene
+    last = len(z) - 1 - torch.arange(len(z), device=z.device).where(cuts.roll(-1).flip(0), 0).cummax(0).values.flip(0)
+    places = torch.arange(len(z), device=z.device)
+    return sum(weight * z[(places + k - half).clamp(first, last)] for k, weight in enumerate(weights))
+
+
+@torch.no_grad()
+def steady_film(vae, latents):
+    """Returns latent vectors (T, Z) for the frames of a film that flicker no more than the film, and a line about it.
+
+    Flicker is the mean change from frame to frame, in places of the film, over that of the film itself. Of WINDOWS the first
+    is taken with which it is at most 1, else the one with which it is least.
+    """
+    changes = latents.changes.to(latents.z)
+    cuts = changes > max(CUT, CUT_OF_MEDIAN * changes.median().item())
+    inside = (~cuts)[1:].nonzero()[:, 0]  # frames whose next frame belongs to the same scene
+    inside = inside[torch.linspace(0, len(inside) - 1, min(PAIRS, len(inside))).long()]
+    own = changes[inside + 1].mean().item() if len(inside) else 0
+    if not own:
+        return latents.z, "nothing moves in it" if len(latents.z) > 1 else ""
+    found = {}
+    for window in WINDOWS:
+        z = smoothed(latents.z, window, cuts)
+        pairs = frames_of(vae, z[torch.stack([inside, inside + 1], dim=1).flatten()]).unflatten(0, (-1, 2))
+        found[window] = (pairs[:, 1] - pairs[:, 0]).abs().mean().item() / own
+        if found[window] <= 1:
+            break
+    best = min(found, key=found.get)
+    text = f"from frame to frame it changes {found[1]:.2f} times as much as the film"
+    averaged = f", and {found[best]:.2f} times averaged over {best} frames" if best > 1 else ""
+    return smoothed(latents.z, best, cuts), text + averaged

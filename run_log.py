@@ -89,7 +89,7 @@ class RunLog:
             f"models  generator {generator / 1e6:.1f} M parameters, critic {critic / 1e6:.1f} M; "
             f"{config.precision} on {self.gan.device}\n"
             f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
-        say_what_is_left_out(data.skipped, data.passed_over)
+        say_what_is_left_out(data.skipped, data.passed_over, data.remarks)
         say_what_would_suit(data, config.channels)
         if len(data.images) != self.num_images_before:
             say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")

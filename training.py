@@ -151,7 +151,8 @@ def _prepare(config, data):
     with distributed.rank_zero_first():
         if data is None:
             folder = _data_folder(config)
-            name, config = "demo" if config.demo else folder.name, dataclasses.replace(config, data=str(folder))
+            name = "demo" if config.demo else folder.stem if folder.is_file() else folder.name
+            config = dataclasses.replace(config, data=str(folder))
         else:
             if not config.data:
                 raise DataError("data: images are given, so Config(data=...) has to name the run")
@@ -164,7 +165,7 @@ def _prepare(config, data):
         config = resolve_settings(config, state, start, device)
         data = data or load_images(
             config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad, channels=config.channels,
-            resize_mode=config.resize_mode, levels=known_levels(config, state))
+            resize_mode=config.resize_mode, levels=known_levels(config, state), video_fps=config.video_fps)
         try:
             gan = GAN(config, device, first_side=(state or start or {}).get("first_side", 0))
         except RuntimeError as error:  # torch raises it when memory cannot be had

@@ -2,9 +2,12 @@
 
 Notation as in model_definitions.py. A picture is (C, H, W), float in [0, 1].
 """
+import contextlib
 import importlib.metadata
 import itertools
+import math
 import pathlib
+from fractions import Fraction
 
 from pictures import PictureError, as_rgb, to_pil
 from safe_files import atomic_write, free_bytes
@@ -16,9 +19,10 @@ OLDEST_PYAV = 17  # older ones read the colours of films wrongly
 BT709 = 1  # as a number of the colour primaries, the transfer and the matrix of a film
 LIMITED_RANGE = 1
 LOOKAHEAD = 10  # frames that the encoder holds back
+FINEST_TICK = 1_000_000  # of the times in an MP4, per second
 
 
-def mp4_fault():
+def pyav_fault():
     """Returns why no MP4 can be written here and what would help, or None."""
     try:
         version = importlib.metadata.version("av")
@@ -34,7 +38,7 @@ def mp4_fault():
     return None
 
 
-def save_clip(frames, path, *, frames_per_second, num_frames=None):
+def save_clip(frames, path, *, frames_per_second=None, num_frames=None, ends=None, sound=None):
     """Writes pictures as a clip in the format of the path's ending, one of CLIP_FORMATS. Returns how many there were.
 
     WebP and GIF repeat for ever; they are written at the end, from memory. An MP4 is written as its frames come, so that
@@ -47,12 +51,15 @@ def save_clip(frames, path, *, frames_per_second, num_frames=None):
         path: an existing file is replaced at the end. Where there is no frame, nothing is written.
         frames_per_second: a whole number.
         num_frames: how many are to come; not needed where frames has a length.
+        ends: of each frame, in seconds (Fraction), in place of frames_per_second and num_frames; the first begins at 0.
+        sound: for MP4, a context manager as film_sound.sound_of.
 
     Raises:
         PictureError: frames of that size, or so many, do not go into that format.
         OSError: no room on the disk, for example; what is finished of an MP4 stays in NAME.part.mp4.
     """
-    num_frames = len(frames) if num_frames is None else num_frames
+    if ends is None:
+        ends = [Fraction(index + 1, frames_per_second) for index in range(num_frames or len(frames))]
     path, frames = pathlib.Path(path), iter(frames)
     first = next(frames, None)
     if first is None:
@@ -64,19 +71,19 @@ def save_clip(frames, path, *, frames_per_second, num_frames=None):
         raise PictureError(f"{path}: frames of {width} x {height} pixels cannot be written, only sides of {least} to "
                            f"{most}; change --size or --num-images")
     channels = len(first) if ending == "webp" else 3
-    if ending != "mp4" and (num_bytes := num_frames * channels * height * width) > LARGEST_IN_MEMORY:
-        raise PictureError(f"{path}: {num_frames} frames of {width} x {height} pixels are {num_bytes / 2**30:.1f} GiB, and "
+    if ending != "mp4" and (num_bytes := len(ends) * channels * height * width) > LARGEST_IN_MEMORY:
+        raise PictureError(f"{path}: {len(ends)} frames of {width} x {height} pixels are {num_bytes / 2**30:.1f} GiB, and "
                            f"{ending} needs all of them in memory; --format mp4 does not")
     images = (to_pil(picture if ending == "webp" else as_rgb(picture)) for picture in itertools.chain([first], frames))
     if ending == "mp4":
-        return _save_mp4(images, path, frames_per_second, (width - width % 2, height - height % 2))
-    return _save_in_one(images, path, frames_per_second, num_frames)
+        return _save_mp4(images, path, ends, (width - width % 2, height - height % 2), sound)
+    return _save_in_one(images, path, ends)
 
 
-def _save_in_one(images, path, frames_per_second, num_frames):
+def _save_in_one(images, path, ends):
     # Frame i ends where it should, rounded, so that durations do not add up to another speed.
     tick = 10 if path.suffix == ".gif" else 1  # milliseconds: the unit of a duration in that format
-    ends = [tick * round(1000 * index / frames_per_second / tick) for index in range(num_frames + 1)]
+    ends = [tick * round(1000 * end / tick) for end in (0, *ends)]
     durations = [end - start for start, end in itertools.pairwise(ends)]
     first, *others = images
     quality = {"quality": 90} if path.suffix == ".webp" else {}
@@ -86,7 +93,7 @@ def _save_in_one(images, path, frames_per_second, num_frames):
     return 1 + len(others)
 
 
-def _save_mp4(images, path, frames_per_second, size):
+def _save_mp4(images, path, ends, size, sound):
     """Writes a film that can be played while it grows, and turns it into an ordinary one, with its index first."""
     import av
 
@@ -95,13 +102,13 @@ def _save_mp4(images, path, frames_per_second, size):
     try:
         with av.open(str(unfinished), "w", format="mp4",
                      options={"movflags": "hybrid_fragmented", "flush_packets": "1"}) as container:
-            number = _encode(images, container, frames_per_second, size)
+            number = _encode(images, container, ends, size, sound)
         with atomic_write(path) as file, av.open(str(unfinished)) as source, av.open(
                 file.name, "w", format="mp4", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.dts is not None:  # the last one has none, and no data
-                    packet.stream = stream
+            streams = [container.add_stream_from_template(stream) for stream in source.streams]
+            for packet in source.demux():
+                if packet.dts is not None:  # the last one of a stream has none, and no data
+                    packet.stream = streams[packet.stream_index]
                     container.mux(packet)
     except OSError as error:
         raise OSError(f"{path} could not be finished: {free_bytes(path):,} bytes are free there ({error}); what was written "
@@ -110,19 +117,31 @@ def _save_mp4(images, path, frames_per_second, size):
     return number
 
 
-def _encode(images, container, frames_per_second, size):
+def _encode(images, container, ends, size, sound):
     import av
 
+    tick = math.lcm(*(end.denominator for end in ends))
+    tick = tick if tick <= FINEST_TICK else 90_000
+    rate = len(ends) / ends[-1]
     # Only whole groups of frames are written, so there is a key frame each second; without B frames the first is at time 0.
-    stream = container.add_stream("libx264", rate=frames_per_second, options={
-        "crf": "16", "bf": "0", "g": str(frames_per_second), "rc-lookahead": str(LOOKAHEAD)})
+    stream = container.add_stream("libx264", rate=rate, options={
+        "crf": "16", "bf": "0", "g": str(max(1, round(rate))), "rc-lookahead": str(LOOKAHEAD)})
     (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
     codec = stream.codec_context
+    codec.time_base = Fraction(1, tick)
     codec.colorspace = codec.color_primaries = codec.color_trc = BT709
     codec.color_range = LIMITED_RANGE
-    for number, image in enumerate(images):
-        frame = av.VideoFrame.from_image(image.crop((0, 0, *size))).reformat(format="yuv420p", dst_colorspace="ITU709")
-        frame.pts = number  # in units of 1 / frames_per_second
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode())
+    with sound(container) if sound else contextlib.nullcontext((0, iter(()))) as (delay, sounds):
+        starts = [round(tick * delay)]
+        for end in ends:  # two frames at the same time could not be written
+            starts.append(max(starts[-1] + 1, round(tick * (delay + end))))
+        heard = next(sounds, None)
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_image(image.crop((0, 0, *size))).reformat(format="yuv420p", dst_colorspace="ITU709")
+            frame.pts, frame.duration = starts[number], starts[number + 1] - starts[number]
+            container.mux(stream.encode(frame))
+            while heard and heard[0] <= (starts[number + 1] / tick if number + 1 < len(ends) else math.inf):
+                container.mux(heard[1])
+                heard = next(sounds, None)
+        container.mux(stream.encode())
     return number + 1

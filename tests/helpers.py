@@ -1,4 +1,5 @@
 """Tiny runs, processes of their own and comparisons, shared by the tests."""
+import itertools
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -7,7 +8,9 @@ import pathlib
 import signal
 import sys
 import time
+from fractions import Fraction
 
+import numpy as np
 import torch
 from PIL import Image, ImageSequence
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -32,6 +35,53 @@ def save_picture(path, mode="RGB", size=(40, 30), color=None):
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, color if color is not None else 0).save(path)
     return path
+
+
+def draw_film(path, pictures, *, rate=30, times=None, codec="libx264", pix_fmt="yuv420p", sound=None, tags=(1, 1),
+              options=None, prepare=lambda stream: None, change=lambda frame: frame):
+    """Writes a film.
+
+    Args:
+        pictures: of its frames, uint8 (H, W, 3) or (H, W, 4).
+        rate: frames per second.
+        times: of the frames, in milliseconds, in place of the rate.
+        sound: a codec, for 2.8 seconds of silence with a beep at 1.2.
+        tags: numbers of the colour matrix and of the range, 1 limited and 2 full; None says nothing of them.
+        options: of the encoder.
+        prepare, change: called with the stream before it is used, and with each frame before it is encoded.
+    """
+    import av
+
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        pictures = iter(pictures)
+        first = next(pictures)
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = first.shape[1], first.shape[0], pix_fmt
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1_000)
+        if tags:
+            stream.codec_context.colorspace, stream.codec_context.color_range = tags
+        prepare(stream)
+        heard = container.add_stream(sound, rate=48_000, layout="mono") if sound else None
+        for index, picture in enumerate(itertools.chain([first], pictures)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24" if picture.shape[2] == 3 else "rgba")
+            colours = {"dst_colorspace": tags[0], "dst_color_range": tags[1]} if tags and pix_fmt[:3] == "yuv" else {}
+            frame = frame.reformat(format=pix_fmt, **colours)
+            frame.pts = times[index] if times else index
+            container.mux(stream.encode(change(frame)))
+        container.mux(stream.encode())
+        if heard:
+            seconds = np.arange(int(2.8 * 48_000)) / 48_000
+            tone = np.sin(2 * np.pi * 880 * seconds) * ((seconds >= 1.2) & (seconds < 1.3)) * 0.8
+            resampler = av.AudioResampler(format=heard.format, layout="mono", rate=48_000,
+                                          frame_size=heard.frame_size or 1_024)
+            frame = av.AudioFrame.from_ndarray(tone[None].astype(np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48_000, 0, Fraction(1, 48_000)
+            for part in (*resampler.resample(frame), *resampler.resample(None)):
+                container.mux(heard.encode(part))
+            container.mux(heard.encode())
+    return pathlib.Path(path)
 
 
 def tiny_arguments(**settings):

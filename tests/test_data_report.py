@@ -1,7 +1,8 @@
 import pathlib
 
+import numpy as np
 import pytest
-from helpers import save_picture, tiny_arguments
+from helpers import draw_film, save_picture, tiny_arguments
 
 import training
 from image_data import load_images
@@ -77,6 +78,17 @@ def test_an_image_is_enlarged_where_its_resize_mode_enlarges_it(tmp_path, capfd,
     save_picture(tmp_path / "set" / "long.png", size=(300, 20))
     training.main(["--data", str(tmp_path / "set"), *tiny_arguments(resize_mode=mode), "--check-data"])
     assert ("enlarged: 1" in capfd.readouterr().out) == bool(expected)
+
+
+def test_frames_of_still_scenes_are_counted(tmp_path, capfd):
+    still = [np.full((40, 48, 3), value, np.uint8) for value in [50] * 45 + [200] * 45]  # frames taken at 0, 0.5, 1, ... s
+    draw_film(tmp_path / "set" / "a.mp4", still)
+    draw_film(tmp_path / "set" / "b.mp4", (np.full((40, 48, 3), 2 * index, np.uint8) for index in range(90)))
+    assert training.main(["--data", str(tmp_path / "set"), *tiny_arguments(), "--check-data"]) == 0
+    out = capfd.readouterr().out
+    assert "12 images, 0 of them cannot be read\nclass: a.mp4 (6), b.mp4 (6)\n" in out
+    assert "frames of films nearly the same as the one before: a.mp4: 4 of 6\n" in out
+    assert "the same picture as another: 4\n  a.mp4 at 0.50 s: as a.mp4 at 0.00 s\n" in out
 
 
 def test_it_says_what_channels_and_what_size_would_suit(tmp_path, capfd):

@@ -121,7 +121,7 @@ def test_a_perfect_generator_has_the_distances_of_real_images(data):
 @pytest.mark.parametrize(("arguments", "said"), [
     (["nowhere", "--data", "data"], "nowhere: no such file"),
     (["code.pt", "--data", "data"], "code.pt: not a checkpoint, or a damaged one"),
-    (["saved/step_0000001.pt", "--data", "none"], "none is missing, a folder of images is needed"),
+    (["saved/step_0000001.pt", "--data", "none"], "none is missing, a folder of images or a film is needed"),
     (["saved/step_0000001.pt", "--data", "data", "--held-out", "none"], "none is missing"),
     (["saved/step_0000001.pt", "--data", "few"], "few: at least 4 images are needed, it has 3"),
     (["huge/step_0000001.pt", "--data", "data"], "the generated images are not finite"),

@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from helpers import MODEL, ROOT, STATE, Payload, frames_in, read
+from helpers import MODEL, ROOT, STATE, Payload, draw_film, frames_in, read, save_picture
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -17,7 +18,7 @@ import latent_paths
 from checkpointing import load_checkpoint, load_generator, save_checkpoint
 from demo_images import draw_shape
 from generate import Options, encode_photo, numbers, time_lapse, walk
-from latent_paths import frames_of, loop, steady_loop
+from latent_paths import FilmLatents, encode_film, frames_of, loop, smoothed, steady_film, steady_loop
 from model_definitions import VAE
 from pictures import enlarge
 from randomness import latent_noise
@@ -263,6 +264,92 @@ def test_a_film_that_is_stopped_keeps_its_frames(checkpoint, monkeypatch, capfd,
     assert written() == [f"seed0-film.{ending}"]
     assert len(clip(f"seed0-film.{ending}")) == 7
     assert capfd.readouterr().out == f"stopped: generated/seed0-film.{ending} has the first 7 of 20 frames\n"
+
+
+def test_latent_vectors_of_a_film_are_averaged_over_time_without_lag_and_not_across_cuts():
+    z = torch.zeros(12, 2)
+    z[3], z[8:] = 1, 10
+    cuts = torch.arange(12) == 8
+    again = smoothed(z, 3, cuts)
+    assert torch.equal(again[8:], z[8:])
+    assert again[:8, 0].tolist() == [0, 0, 0.25, 0.5, 0.25, 0, 0, 0]
+    assert torch.equal(smoothed(z, 1, cuts), z)
+    assert smoothed(torch.ones(3, 2), 17, torch.zeros(3, dtype=torch.bool)).tolist() == [[1, 1]] * 3
+    line = torch.arange(20.0)[:, None]
+    assert torch.equal(smoothed(line, 5, torch.zeros(20, dtype=torch.bool))[2:-2], line[2:-2])
+
+
+@pytest.mark.parametrize(("noise", "averaged"), [(0.02, False), (1.5, True)])
+def test_a_film_is_averaged_over_time_where_that_lowers_its_flicker(checkpoint, noise, averaged):
+    vae = load_generator(checkpoint)
+    keys = latent_noise(0, range(4), MODEL["latent_dim"])
+    calm = steady_loop(vae, keys, 48)
+    own = _steps(frames_of(vae, calm)).mean().item()
+    z = calm + noise * latent_noise(1, range(48), MODEL["latent_dim"])
+    changes = torch.full((48,), 1.1 * own)
+    again, line = steady_film(vae, FilmLatents(z, changes, [], 0, []))
+    assert (not torch.equal(again, z)) == averaged == ("averaged over" in line)
+    before, after = (_steps(frames_of(vae, rows)).mean().item() for rows in (z, again))
+    assert f"changes {before / (1.1 * own):.1f}" in line[:48] or len(line) > 48
+    assert after < (0.6 * before if averaged else 1.1 * own)
+
+
+def moving_square(path, *, frames=24, **settings):
+    """A film of a square that moves to the right, with a cut to a light ground after half of it."""
+    pictures = []
+    for index in range(frames):
+        picture = np.full((40, 48, 3), 40 if index < frames // 2 else 220, np.uint8)
+        picture[10:20, index:index + 12] = 128
+        pictures.append(picture)
+    return draw_film(path, pictures, **settings)
+
+
+def test_a_film_is_reconstructed_frame_by_frame_with_its_sound(checkpoint, tmp_path, capfd):
+    film = moving_square(tmp_path / "film.mp4", sound="aac")
+    assert generate.main([str(checkpoint), "--reconstruct", str(film)]) == 0
+    assert written() == ["film-reconstruction.mp4"]
+    out = capfd.readouterr().out
+    assert f"{film}: from frame to frame it changes" in out
+    assert out.endswith("wrote generated/film-reconstruction.mp4\n")
+    import av
+
+    with av.open("generated/film-reconstruction.mp4") as container:
+        assert [stream.type for stream in container.streams] == ["video", "audio"]
+        assert container.streams.video[0].average_rate == 30
+    vae = load_generator(checkpoint)
+    latents = encode_film(vae, film)
+    frames = clip("film-reconstruction.mp4")
+    expected = frames_of(vae, steady_film(vae, latents)[0])
+    assert F.avg_pool2d(frames - expected, 4).abs().mean() < 0.01
+    assert (frames[12] - frames[11]).abs().mean() > 5 * (frames[11] - frames[10]).abs().mean()  # the cut stays one
+
+
+def test_photos_and_folders_of_them_and_of_films_are_reconstructed(checkpoint, photos, tmp_path):
+    save_picture(tmp_path / "set" / "cats" / "a.png", color=(90, 20, 20))
+    moving_square(tmp_path / "set" / "dogs" / "film.mov")
+    assert generate.main([str(checkpoint), "--reconstruct", "a.png", "set", "--size", "64"]) == 0
+    assert written() == ["a-reconstruction.png", "cats-a-reconstruction.png", "dogs-film-reconstruction.mp4"]
+    vae = load_generator(checkpoint)
+    expected = enlarge(vae.decode(encode_photo(vae, "a.png")).detach(), 64, smooth=True)[0]
+    assert (picture("a-reconstruction.png") - expected).abs().max() < 1 / 255
+    assert clip("dogs-film-reconstruction.mp4").shape == (24, 3, 64, 64)
+
+
+@pytest.mark.parametrize("ending", ["webp", "gif"])
+def test_a_film_is_reconstructed_in_other_formats_too(checkpoint, tmp_path, ending):
+    film = moving_square(tmp_path / "film.mkv", times=[100 * index for index in range(24)], sound="aac")
+    assert generate.main([str(checkpoint), "--reconstruct", str(film), "--format", ending]) == 0
+    with Image.open(f"generated/film-reconstruction.{ending}") as image:
+        image.load()
+        assert image.info["duration"] == 100
+
+
+def test_what_is_no_film_or_photo_is_said_before_anything_is_written(checkpoint, tmp_path, capfd):
+    (tmp_path / "a.mp4").write_text("x")
+    assert generate.main([str(checkpoint), "--reconstruct", "a.mp4"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("a.mp4: no film of a kind that is read here")
+    assert not pathlib.Path("generated").exists()
 
 
 def test_alpha_maps_are_of_the_images_of_the_seed(checkpoint):

@@ -3,16 +3,19 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
 import pytest
 import torch
-from helpers import forking, save_picture
+from helpers import draw_film, forking, save_picture, tiny_arguments
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import image_data
-from image_data import as_float_images, batch_indices, find_images, load_images
+import training
+from image_data import as_float_images, batch_indices, find_images, load_images, passed_over_text
 from image_files import DataError, decode_image, read_picture
 
 MESSY = next(pathlib.Path(__file__).resolve().parents[2].glob("*/data/messy"), None)
@@ -260,6 +263,87 @@ def test_no_room_for_the_cache_is_said_before_it_is_needed(image_folder, tmp_pat
     monkeypatch.setattr(image_data, "free_bytes", lambda path: 1000)
     with pytest.raises(DataError, match=r"needs 30,720 bytes in .*cache, 1,000 are free; --cache-dir"):
         load_images(image_folder, 32, cache_dir=tmp_path / "cache")
+
+
+def grey_film(path, *, first=20, frames=60, step=3):
+    """A film of 30 frames a second, each a little lighter than the one before."""
+    return draw_film(path, (np.full((40, 48, 3), min(255, first + step * index), np.uint8) for index in range(frames)))
+
+
+def test_frames_of_films_are_images_of_a_class_folder_or_of_a_class_of_their_own(tmp_path):
+    folder = tmp_path / "set"
+    save_picture(folder / "cats" / "a.png")
+    grey_film(folder / "cats" / "film.mp4")
+    grey_film(folder / "top.mov", frames=61)
+    data = load_images(folder, 32, cache_dir="cache")
+    assert data.classes == ("cats",) * 5 + ("top.mov",) * 5
+    assert data.images[1:, 0, 16, 16].tolist() == pytest.approx([20, 65, 110, 155, 20, 65, 110, 155, 200], abs=2)
+    assert (data.num_grey, data.skipped, data.remarks) == (10, {}, {})
+    faster = load_images(folder, 32, cache_dir="cache", video_fps=5)
+    assert len(faster.images) == 1 + 10 + 11
+    assert faster.digest != data.digest
+
+
+def test_a_film_alone_is_a_set_of_its_frames(tmp_path, monkeypatch, capfd):
+    film = grey_film(tmp_path / "my film.mp4")
+    data = load_images(film, 32, cache_dir="cache")
+    assert (len(data.images), data.class_counts, data.folder) == (4, {"my film.mp4": 4}, film)
+    with monkeypatch.context() as patched:
+        patched.setattr(image_data, "open_film", None)
+        assert torch.equal(load_images(film, 32, cache_dir="cache").images, data.images)
+    assert training.main(["--data", str(film), *tiny_arguments(steps=1)]) == 0
+    assert f"{film}: 4 images" in capfd.readouterr().out
+    assert (tmp_path / "runs" / "my film" / "config.json").exists()
+
+
+def test_films_that_cannot_be_read_are_named_like_pictures(tmp_path):
+    folder = tmp_path / "set"
+    grey_film(folder / "a.mp4")
+    (folder / "b.mp4").touch()
+    (folder / "c.avi").write_text("x")
+    with pytest.raises(DataError) as error:
+        load_images(folder, 32, cache_dir="cache")
+    first, *others = str(error.value).splitlines()
+    assert first.startswith("2 of 3 images in")
+    assert [line.split(" (")[0] for line in others] == ["  b.mp4: empty", "  c.avi: no film of a kind that is read here"]
+    assert len(load_images(folder, 32, cache_dir="cache", skip_bad=True).images) == 4
+
+
+def test_what_is_odd_about_a_film_is_said_at_every_start(tmp_path, capfd):
+    film = tmp_path / "set" / "a.mp4"
+    draw_film(film, (np.random.default_rng(index).integers(0, 255, (64, 64, 3), np.uint8) for index in range(60)))
+    content = bytearray(film.read_bytes())
+    content[len(content) // 2:len(content) // 2 + 2_000] = bytes(2_000)
+    film.write_bytes(content)
+    for _ in range(2):
+        assert training.main(["--data", str(film.parent), *tiny_arguments(steps=1), "--dry-run"]) == 0
+        assert "note: a.mp4: " in (out := capfd.readouterr().out)
+        assert "damaged frames are left out" in out
+
+
+def test_without_pyav_films_are_passed_over_with_what_would_read_them(tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "set"
+    save_picture(folder / "a.png")
+    grey_film(folder / "film.mp4")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "av", None)
+        data = load_images(folder, 32, cache_dir="cache")
+        assert (len(data.images), data.passed_over) == (1, {".mp4": 1})
+        assert passed_over_text(data.passed_over) == "1 .mp4 (needs the package av: pip install av)"
+        with pytest.raises(DataError, match=r"film\.mp4: needs the package av: pip install av$"):
+            load_images(folder / "film.mp4", 32, cache_dir="cache")
+    assert len(load_images(folder, 32, cache_dir="cache").images) == 5
+
+
+def test_animations_are_pictures_until_images_per_second_are_asked_for(tmp_path):
+    images = [Image.new("RGB", (40, 30), (60 * index, 0, 0)) for index in range(4)]
+    (tmp_path / "set").mkdir()
+    for name in ("a.gif", "b.webp", "c.png"):
+        images[0].save(tmp_path / "set" / name, save_all=True, append_images=images[1:], duration=500)
+    save_picture(tmp_path / "set" / "d.webp")
+    assert len(load_images(tmp_path / "set", 32, cache_dir="cache").images) == 4
+    data = load_images(tmp_path / "set", 32, cache_dir="cache", video_fps=2)
+    assert data.class_counts == {"a.gif": 4, "b.webp": 4, "c.png": 4, "": 1}
 
 
 def test_every_epoch_holds_every_image_once_and_batches_join_end_to_end():

@@ -7,9 +7,10 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from helpers import TINY, save_picture
+from helpers import TINY, draw_film, save_picture
 from torch import nn
 
 import config
@@ -52,13 +53,15 @@ def test_generating_commands_work(train_tiny):
     os.symlink(ROOT / "pretrained", "pretrained")
     for name in ("photo.jpg", "a.jpg", "b.jpg"):
         save_picture(name)
+    draw_film("film.mp4", (np.full((40, 48, 3), 5 * index, np.uint8) for index in range(12)), sound="aac")
     commands = [shlex.split(line, comments=True)[2:] for block in blocks("bash") for line in block.splitlines()
                 if line.startswith(".venv/bin/python generate.py")]
-    assert {"--video", "--clip", "--animate", "--morph", "--alpha-maps", "--timelapse", "--export"} <= set(sum(commands, []))
+    assert {"--video", "--clip", "--animate", "--morph", "--reconstruct", "--alpha-maps", "--timelapse",
+            "--export"} <= set(sum(commands, []))
     for arguments in commands:
         few = [] if "--grid" in arguments or "--video" in arguments else ["--num-images", "2"]
         assert generate.main([*arguments, *few]) == 0
-    assert len(os.listdir("generated")) == 1 + 1 + 2 + 7 + 5 + 4 + 2
+    assert len(os.listdir("generated")) == 1 + 1 + 2 + 7 + 5 + 1 + 4 + 2
 
 
 def test_the_evaluating_command_works(train_tiny, capfd):

@@ -12,7 +12,7 @@ from PIL import Image, ImageSequence
 
 import video_files
 from pictures import PictureError
-from video_files import CLIP_FORMATS, mp4_fault, save_clip
+from video_files import CLIP_FORMATS, pyav_fault, save_clip
 
 COLOURS = ((200, 40, 40), (60, 160, 70), (224, 172, 140))  # a red, a green, a skin tone
 WRITE_SLOWLY = """
@@ -177,10 +177,10 @@ video_files.save_clip((torch.rand(3, 64, 64) for _ in range(90)), "film.mp4", fr
 def test_what_is_missing_for_mp4_is_known_before_the_first_frame(monkeypatch):
     import av
 
-    assert mp4_fault() is None
+    assert pyav_fault() is None
     monkeypatch.setattr(video_files.importlib.metadata, "version", lambda name: "16.1.0")
-    assert mp4_fault() == "needs the package av 17 or newer, found 16.1.0: pip install --upgrade av"
+    assert pyav_fault() == "needs the package av 17 or newer, found 16.1.0: pip install --upgrade av"
     monkeypatch.setattr(av, "Codec", lambda name, mode: (_ for _ in ()).throw(av.codec.codec.UnknownCodecError(name)))
-    assert "cannot write H.264 (libx264)" in mp4_fault()
+    assert "cannot write H.264 (libx264)" in pyav_fault()
     monkeypatch.setitem(sys.modules, "av", None)
-    assert mp4_fault() == "needs the package av: pip install av"
+    assert pyav_fault() == "needs the package av: pip install av"
