@@ -191,7 +191,7 @@ DEMO = {"image_size": 32, "base_size": 32, "steps": 2_200, "ema_half_life_images
 
 
 def option_name(field_name):
-    return "--" + field_name.replace("_", "-")
+    return "--" + field_name.rstrip("_").replace("_", "-")  # a field cannot be called `class`, but `class_`
 
 
 def _kind(field):
@@ -220,7 +220,7 @@ def add_options(parser, settings):
         how = {"action": "store_true"} if kind is bool else {"type": _lenient(kind), "metavar": metavar}
         if kind is list:
             how = {"nargs": "+" if isinstance(metavar, str) else len(metavar), "metavar": metavar}
-        groups[rule["group"]].add_argument(option_name(field.name), default=field.default,
+        groups[rule["group"]].add_argument(option_name(field.name), dest=field.name, default=field.default,
                                            help=rule["help"] + ("" if kind is bool else shown), **how)
 
 

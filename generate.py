@@ -21,13 +21,15 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
-from checkpointing import CheckpointError, export_generator, load_generator
+from checkpointing import CheckpointError, export_generator, load_generator, preparation_of
+from class_gaussians import class_gaussians
 from config import DEVICES, Settings, add_options, option, option_name, source_and_options
 from console import Interrupt, print_error, program_output, say
+from data_report import say_what_is_left_out
 from devices import DeviceError, keep_freed_memory, limit_threads, pick_device
 from fast_paths import use_fast_output_layers
 from film_sound import sound_of
-from image_data import find_files, find_images
+from image_data import find_files, find_images, load_images
 from image_files import DataError
 from latent_paths import decode_each, encode_film, encode_photo, frames_of, images_of, steady_film, steady_loop, walk
 from pictures import PictureError, alpha_picture, enlarge, grid, save_picture
@@ -38,6 +40,7 @@ from video_frames import VIDEO_EXTENSIONS
 
 MANY = 256  # images, after which the faster layer has made up for the time that its preparation takes
 KINDS = ("video", "clip", "animate", "morph", "reconstruct", "alpha_maps", "timelapse", "export")  # instead of single images
+FROM_NOISE = ("--video", "--clip", "--alpha-maps")  # those of them that can be of many images
 SECONDS_PER_KEYFRAME = 2
 FILM_RATE, CLIP_RATE = 30, 8  # frames per second
 MOST_NUMBERS = 1_000_000  # of images named by --images or --seeds
@@ -56,6 +59,9 @@ class Options(Settings):
     images: str | None = option(None, "what", "just these images of the seed, in place of the first ones",
                                 metavar="57,100-120")
     seeds: str | None = option(None, "what", "image 0 of each of these seeds, in place of several of one", metavar="1,5-9")
+    class_: list | None = option(None, "what", "images of these classes, folders of --data, a row for each where there are "
+                                               "several; all: of every class", metavar="NAME")
+    data: str | None = option(None, "what", "folder of the images it was trained on, for --class", metavar="DIR")
     grid: bool = option(False, "what", "all of them in one picture, clip or film")
     video: float | None = option(None, "what", "a film that ends where it began, through several images or --keyframes",
                                  metavar="SECONDS", above=0)
@@ -86,6 +92,7 @@ class Options(Settings):
     format: str | None = option(None, "how", "of clips; mp4 needs the package av (default: mp4 for films of --reconstruct, "
                                              "else webp)", choices=tuple(CLIP_FORMATS))
     out: str = option("generated", "how", "folder to write to", metavar="DIR")
+    cache_dir: str = option("cache", "how", "where decoded images of --data are kept", metavar="DIR")
     device: str = option("auto", "how", "where to compute", choices=DEVICES)
 
     def faults(self):
@@ -100,6 +107,9 @@ class Options(Settings):
                 faults.append(f"{option_name(name)}: must be numbers and ranges such as 1,5-9, got {text!r}")
         if self.images is not None and self.seeds is not None:
             faults.append("--images: are of one seed, so they do not go with --seeds")
+        if bool(self.class_) != bool(self.data):
+            faults.append("--class: needs --data DIR, with a folder for each class" if self.class_ else
+                          "--data: is for --class NAME")
         for name in ("num_keyframes", "keyframes"):
             if getattr(self, name) is not None and self.video is None:
                 faults.append(f"{option_name(name)}: needs --video SECONDS")
@@ -109,7 +119,9 @@ class Options(Settings):
         asked = [option_name(name) for name in KINDS if getattr(self, name) not in (None, False)]
         if len(asked) > 1:
             faults.append(f"{asked[0]}: one thing at a time, so it does not go with {', '.join(asked[1:])}")
-        elif self.grid and asked and asked[0] not in ("--video", "--clip", "--alpha-maps"):
+        elif self.class_ and (self.keyframes or asked and asked[0] not in FROM_NOISE):
+            faults.append(f"--class: does not go with {'--keyframes' if self.keyframes else asked[0]}")
+        elif self.grid and asked and asked[0] not in FROM_NOISE:
             faults.append(f"--grid: does not go with {asked[0]}")
         return faults
 
@@ -186,20 +198,26 @@ def generate(source, options):
     if options.reconstruct:
         return list(_reconstructed(vae, options))
     wanted, z = _noise(vae, options, default=options.num_images)
+    names, columns = [f"seed{seed}-{index:05d}" for seed, index in wanted], math.ceil(math.sqrt(len(z)))
+    if classes := _classes(vae, options):
+        names = [f"class{one.row:03d}-{name}" for one in classes for name in names]
+        columns = len(z) if len(classes) > 1 else columns
+        wanted, z = len(classes) * wanted, torch.cat([one.draw(z) for one in classes])
     if len(z) * (options.frames if options.clip == "walk" else 1) >= MANY:
         use_fast_output_layers(vae, report=say)
     if options.alpha_maps:
         if vae.output_layer is None:
             raise GenerateError(f"--alpha-maps: {source} was trained with --output-layer none")
-        return [_save_alpha_maps(vae, z, options)]
+        return [_save_alpha_maps(vae, z, _seeds(options, classes), options)]
     shown = tqdm(_clips(vae, wanted, z, options), total=len(z), unit=options.clip or "image", disable=None)
     kind = f"-{options.clip}" if options.clip else ""
     length = options.frames if options.clip else 1
-    if options.grid:
+    if options.grid or len(classes) > 1:
         frames = torch.stack([_enlarged(frames, options) for frames in shown], dim=1)
-        return [_save(map(_side_by_side, frames), length, f"{_seeds(options)}-grid{kind}", options)]
-    return [_save(_enlarged(frames, options), length, f"seed{seed}-{index:05d}{kind}", options)
-            for (seed, index), frames in zip(wanted, shown, strict=True)]
+        frames = (grid(images, columns=columns) for images in frames)
+        return [_save(frames, length, f"{_seeds(options, classes)}-grid{kind}", options)]
+    return [_save(_enlarged(frames, options), length, f"{name}{kind}", options)
+            for name, frames in zip(names, shown, strict=True)]
 
 
 def _noise(vae, options, *, default):
@@ -212,9 +230,18 @@ def _noise(vae, options, *, default):
     return wanted, options.temperature * z.to(vae.mu.weight.device)
 
 
-def _seeds(options):
-    """How a file with images of several numbers is called."""
-    return f"seed{options.seed}" if options.seeds is None else f"seeds{options.seeds.replace(' ', '')[:40]}"
+def _classes(vae, options):
+    """Returns the ClassGaussian of each class asked for."""
+    if not options.class_:
+        return []
+    data = load_images(options.data, vae.image_shape[1:], cache_dir=options.cache_dir, skip_bad=True, **preparation_of(vae))
+    say_what_is_left_out(data.skipped, data.passed_over)
+    return class_gaussians(vae, data, options.class_, report=say)
+
+def _seeds(options, classes=()):
+    """How a file with images of several numbers is called. Names of classes need not be names that a file can have."""
+    seeds = f"seed{options.seed}" if options.seeds is None else f"seeds{options.seeds.replace(' ', '')[:40]}"
+    return f"classes-{seeds}" if len(classes) > 1 else f"class{classes[0].row:03d}-{seeds}" if classes else seeds
 
 
 def _clips(vae, wanted, z, options):
@@ -238,10 +265,13 @@ def _film(vae, options):
         z, name = _encoded(vae, photos), "-to-".join(map(_stem, photos[:3]))
         name += "" if len(photos) > 1 else "-animated"
     else:
-        count = options.num_keyframes or max(1, round(options.video / SECONDS_PER_KEYFRAME))
+        classes = _classes(vae, options)
+        count = options.num_keyframes or max(1, len(classes), round(options.video / SECONDS_PER_KEYFRAME))
         _, z = _noise(vae, options, default=count * options.num_images if options.grid else count)
+        if classes:
+            z = torch.cat([classes[number % len(classes)].draw(row) for number, row in enumerate(z.split(1))])
         columns = -(-len(z) // count) if options.grid else 1
-        name = f"{_seeds(options)}{'-grid' if options.grid else ''}-film"
+        name = f"{_seeds(options, classes)}{'-grid' if options.grid else ''}-film"
     length = options.frames if options.video is None else max(1, round(options.video * _rate(options)))
     if columns * length >= MANY:
         use_fast_output_layers(vae, report=say)
@@ -250,7 +280,8 @@ def _film(vae, options):
     images = images_of(vae, torch.stack(paths, dim=1).flatten(0, 1), leave=True)
     rows = (torch.stack(list(itertools.islice(images, columns))) for _ in range(length))
     rows = (_enlarged(row, options) for row in rows)
-    return _save(map(_side_by_side, rows) if options.grid else (row[0] for row in rows), length, name, options)
+    frames = (grid(row, columns=math.ceil(math.sqrt(columns))) if options.grid else row[0] for row in rows)
+    return _save(frames, length, name, options)
 
 
 def _reconstructed(vae, options):
@@ -294,21 +325,17 @@ def _stem(photo):
     return pathlib.Path(photo).stem[:40]  # a file name has room for 255 bytes
 
 
-def _save_alpha_maps(vae, z, options):
+def _save_alpha_maps(vae, z, name, options):
     decoded = tqdm(decode_each(vae, z), total=len(z), unit="image", disable=None)
     parts = zip(*((part.before, part.alpha, part.images) for part in decoded), strict=True)
     before, alpha, after = (_enlarged(torch.cat(part).cpu(), options) for part in parts)
-    path = pathlib.Path(options.out, f"{_seeds(options)}-alpha.png")
+    path = pathlib.Path(options.out, f"{name}-alpha.png")
     save_picture(alpha_picture(before, alpha, after, columns=2), path)
     return path
 
 
 def _enlarged(images, options):
     return enlarge(images, options.size or images.shape[-1], smooth=options.enlarge == "smooth")
-
-
-def _side_by_side(images):
-    return grid(images, columns=math.ceil(math.sqrt(len(images))))
 
 
 def _rate(options):

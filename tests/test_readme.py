@@ -51,17 +51,17 @@ def test_training_commands_work(image_folder, monkeypatch):
 def test_generating_commands_work(train_tiny):
     train_tiny(steps=2)
     os.symlink(ROOT / "pretrained", "pretrained")
-    for name in ("photo.jpg", "a.jpg", "b.jpg"):
+    for name in ("photo.jpg", "a.jpg", "b.jpg", "images/shoes/a.jpg", "images/hats/a.jpg"):
         save_picture(name)
     draw_film("film.mp4", (np.full((40, 48, 3), 5 * index, np.uint8) for index in range(12)), sound="aac")
     commands = [shlex.split(line, comments=True)[2:] for block in blocks("bash") for line in block.splitlines()
                 if line.startswith(".venv/bin/python generate.py")]
-    assert {"--video", "--clip", "--animate", "--morph", "--reconstruct", "--alpha-maps", "--timelapse",
-            "--export"} <= set(sum(commands, []))
+    assert {"--video", "--clip", "--animate", "--morph", "--reconstruct", "--class", "--alpha-maps",
+            "--timelapse", "--export"} <= set(sum(commands, []))
     for arguments in commands:
         few = [] if "--grid" in arguments or "--video" in arguments else ["--num-images", "2"]
         assert generate.main([*arguments, *few]) == 0
-    assert len(os.listdir("generated")) == 1 + 1 + 2 + 7 + 5 + 1 + 4 + 2
+    assert len(os.listdir("generated")) == 1 + 1 + 2 + 7 + 5 + 1 + 1 + 4 + 2
 
 
 def test_the_evaluating_command_works(train_tiny, capfd):
