@@ -20,11 +20,13 @@ LARGEST_OUTLINE = 2**18  # bytes of names and shapes, ten times what ours need: 
 SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": float, "num_images": int, "threads": int,
           "config": dict, "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict,
           "critic": dict, "generator_optimizer": dict, "critic_optimizer": dict, "preparation": dict, "image_set": str,
-          "first_side": int, "learned_side": int}  # shorter sides of images: where the run began, what it has learned
-# What older checkpoints do not say; a side of 0 is that of the model.
-ABSENT = {"threads": 0, "preparation": {}, "image_set": "", "first_side": 0, "learned_side": 0}
+          "first_side": int, "learned_side": int,  # shorter sides of images: where the run began, what it has learned
+          "class_names": torch.Tensor, "class_counts": torch.Tensor}  # see class_names; images of each class, (K,) int64
+# What older checkpoints do not say, and runs without classes; a side of 0 is that of the model.
+ABSENT = {"threads": 0, "preparation": {}, "image_set": "", "first_side": 0, "learned_side": 0,
+          "class_names": torch.empty(0, dtype=torch.uint8), "class_counts": torch.empty(0, dtype=torch.int64)}
 SAMPLES = ("integer", "float")  # kinds of more than 8 bits
-CRITIC_ARGUMENTS = ("image_size", "channels", "base_channels", "base_size", "grow_from")  # of those of a VAE
+CRITIC_ARGUMENTS = ("image_size", "channels", "base_channels", "base_size", "grow_from", "num_classes")  # of those of a VAE
 TRAINING_ONLY = ("generator", "critic", "generator_optimizer", "critic_optimizer", "pending_metrics")
 
 
@@ -117,6 +119,17 @@ def settings_of_file(settings):
     return settings
 
 
+def class_names_for_file(names):
+    """Returns names of classes as uint8 (M,): a file of a thousand long texts would be refused as too complicated."""
+    return torch.tensor(list("\0".join(names).encode(errors="surrogateescape")), dtype=torch.uint8)
+
+
+def class_names(state):
+    """Returns the names of the classes of a state, in the order of their numbers; [] where it has none."""
+    text = state["class_names"].numpy().tobytes().decode(errors="surrogateescape")
+    return text.split("\0") if text else []
+
+
 def learned_side(state):
     """Returns the shorter side of the images that the networks of a state have learned to draw."""
     return state["learned_side"] or min(height_and_width(state["model_arguments"]["image_size"]))
@@ -184,6 +197,16 @@ def _fault(state):
     for name in ("config", "model_arguments"):
         if any(type(key) is not str or isinstance(value, dict | torch.Tensor) for key, value in state[name].items()):
             return f"{name} holds other things than plain values"
+    try:
+        for name in ("class_names", "class_counts"):
+            check_tensors(state[name], torch.empty(state[name].numel(), dtype=ABSENT[name].dtype, device="meta"), name)
+    except CheckpointError as error:
+        return str(error)
+    names, counts = class_names(state), state["class_counts"]
+    if not len(set(names)) == len(names) == len(counts) == state["model_arguments"].get("num_classes", 0):
+        return "class_names, class_counts and num_classes do not fit"
+    if names and not (counts.min() >= 0 and 0 < counts.double().sum() < 2**53):
+        return "class_counts are no numbers of images"
     try:
         preparation = preparation_of_file(state["preparation"])
         fits = preparation["resize_mode"] in RESIZE_MODES and all(
@@ -259,7 +282,8 @@ def load_generator(path, *, report=print):
 
     It is on the CPU, in evaluation mode and without gradients, and draws images of the size that it has learned. Its
     attribute `preparation` holds the arguments with which image_files.decode_image prepares a picture as its training images
-    were; see preparation_of_file. Loading is safe on a file from someone you do not trust.
+    were; see preparation_of_file. `class_names` and `class_counts` are those it was trained on, empty without classes.
+    Loading is safe on a file from someone you do not trust.
 
     Args:
         path: a checkpoint or a run folder; "~" is the home directory.
@@ -273,6 +297,7 @@ def load_generator(path, *, report=print):
     vae.load_state_dict(state["averaged"])
     vae.draw_at(learned_side(state))
     vae.preparation = {"channels": vae.image_shape[0], **preparation_of_file(state["preparation"])}
+    vae.class_names, vae.class_counts = class_names(state), state["class_counts"]
     return vae.requires_grad_(False).eval()
 
 
@@ -300,7 +325,7 @@ def export_generator(source, path, *, report=print):
 
 
 def save_generator(path, state):
-    """Writes a checkpoint that holds the averaged VAE alone, for load_generator, and no names of folders.
+    """Writes a checkpoint that holds the averaged VAE alone, for load_generator, and no names of folders but of classes.
 
     Args:
         state: a dict with the keys of SCHEMA but the first.
@@ -342,7 +367,7 @@ def load_start(path, image_size, *, report=print):
 
 def critic_arguments(model_arguments):
     """Returns the keyword arguments of a Discriminator for those of its VAE."""
-    return {name: model_arguments[name] for name in CRITIC_ARGUMENTS}
+    return {name: model_arguments[name] for name in CRITIC_ARGUMENTS if name in model_arguments}
 
 
 def _names_in_larger(weights, levels):

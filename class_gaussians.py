@@ -20,7 +20,10 @@ UNSURE = 0.5  # share of the images of a class that are recognised, below which 
 
 
 class ClassGaussian(NamedTuple):
-    """The latent vectors of a class: mean + root @ noise, for standard normal noise."""
+    """The latent vectors of a class: mean + root @ noise, for standard normal noise.
+
+    Those of a generator that has learned classes have the unit matrix as their root.
+    """
 
     name: str
     row: int  # number of the class in the sorted list of all
@@ -29,7 +32,7 @@ class ClassGaussian(NamedTuple):
 
     def draw(self, noise):
         """Returns latent vectors (N, Z) for standard normal noise (N, Z)."""
-        return (self.mean + noise.to(self.mean) @ self.root.T).to(noise)
+        return (self.mean.to(noise.device) + noise.double() @ self.root.to(noise.device).T).to(noise)
 
 
 def class_gaussians(vae, data, wanted, *, report):
@@ -48,7 +51,7 @@ def class_gaussians(vae, data, wanted, *, report):
     if len(names) < 2:
         raise DataError(f"--class: {data.folder} has {'one class' if names else 'no class folders'}; images in folders "
                         "below it, one for each class, are needed")
-    rows = range(len(names)) if wanted == ["all"] and "all" not in names else [find_class(name, names) for name in wanted]
+    rows = _rows(wanted, names)
     labels = torch.tensor([names.index(name) if name else -1 for name in data.classes])
     kept = (labels >= 0).nonzero()[:, 0]
     mu, variance = _encoded(vae, data.images, kept)
@@ -56,6 +59,16 @@ def class_gaussians(vae, data, wanted, *, report):
     _report_recognition(mu, variance, labels, names, report)
     means, roots = _fitted(mu, variance, labels, len(names))
     return [ClassGaussian(names[row], row, means[row], roots[row]) for row in rows]
+
+
+def learned_classes(vae, wanted):
+    """Returns the ClassGaussian of each class asked for, for a VAE that has learned classes; see class_gaussians."""
+    vectors, root = vae.classes.weight.detach().double(), torch.eye(vae.latent_dim, dtype=torch.float64)
+    return [ClassGaussian(vae.class_names[row], row, vectors[row], root) for row in _rows(wanted, vae.class_names)]
+
+
+def _rows(wanted, names):
+    return range(len(names)) if wanted == ["all"] and "all" not in names else [find_class(name, names) for name in wanted]
 
 
 def find_class(name, names):

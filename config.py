@@ -91,6 +91,8 @@ class Config(Settings):
     cache_dir: str = option("cache", "data", "where decoded images are kept", metavar="DIR")
     check_data: bool = option(False, "data", "decode every image, report on the folder, then stop")
     skip_bad: bool = option(False, "data", "go on without the files that cannot be read")
+    class_conditional: bool = option(False, "data", "learn the class folders as classes, to draw images of one by its name "
+                                                    "(StyleGAN3's --cond)")
     augment: bool = option(False, "data", "show the critic mirrored, shifted, zoomed and toned images, real and "
                                           "generated alike; for sets of few images")
 

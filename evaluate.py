@@ -15,7 +15,7 @@ from devices import DeviceError, limit_threads, pick_device
 from image_data import DataError, evenly_spaced, load_images
 from image_sizes import plain_size
 from pictures import on_white
-from randomness import latent_noise, random_generator
+from randomness import drawn_labels, latent_noise, random_generator
 
 BATCH = 16
 MINIMUM_IMAGES = 4  # two halves of two
@@ -71,6 +71,8 @@ def evaluate(vae, options):
     real = on_white(reals)
     device = vae.mu.weight.device
     z = latent_noise(options.seed, range(len(real)), vae.latent_dim).to(device)
+    if len(counts := getattr(vae, "class_counts", ())):
+        z = z + vae.class_latents(drawn_labels(options.seed, range(len(real)), counts).to(device))
     fake = torch.cat([on_white(vae.decode(part).cpu()) for part in tqdm(z.split(BATCH), desc="generating", disable=None)])
     if not fake.isfinite().all():
         raise CheckpointError("the generated images are not finite")

@@ -78,13 +78,17 @@ def _fault(compare, tolerance, *, catch=True):
 def _compare_penalties(critic):
     """Yields the penalty by written_out_gradient and by autograd, and their gradients for the parameters, at each size."""
     critic = _moved_copy(critic)
+    critic_of_labels, written_out = critic, functools.partial(written_out_gradient, critic)
+    if getattr(critic, "classes", None) is not None:
+        labels = torch.arange(2) % critic.classes.num_embeddings
+        critic_of_labels, written_out = functools.partial(critic, y=labels), functools.partial(written_out, labels=labels)
     for sides in critic.image_sizes:
         shape = critic.image_shape[0], *sides
         real, fake, mixing = (torch.rand(size, dtype=torch.float64, generator=random_generator("fast paths", name))
                               for name, size in (("real", (2, *shape)), ("fake", (2, *shape)), ("mixing", (2, 1, 1, 1))))
         results = []
-        for input_gradient in (functools.partial(written_out_gradient, critic), None):
-            penalty = gradient_penalty(critic, real, fake, mixing=mixing, input_gradient=input_gradient)
+        for input_gradient in (written_out, None):
+            penalty = gradient_penalty(critic_of_labels, real, fake, mixing=mixing, input_gradient=input_gradient)
             gradients = torch.autograd.grad(penalty, list(critic.parameters()), materialize_grads=True, allow_unused=True)
             results.append((penalty.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
         yield from zip(*results, strict=True)
@@ -114,8 +118,13 @@ def _moved_copy(module):
     return module
 
 
-def written_out_gradient(critic, images):
+def written_out_gradient(critic, images, labels=None):
     """Returns the gradient of each score of a Discriminator with respect to its image, (N, C, H, W).
+
+    Args:
+        critic: a Discriminator.
+        images: (N, C, H, W).
+        labels: (N,), where it has classes.
 
     The score is piecewise linear in the image, so its gradient is the last weights passed backwards through the transposed
     layers, through the max-pool and ReLU choices of the forward pass, and out at every size at which the critic sees the
@@ -139,6 +148,8 @@ def written_out_gradient(critic, images):
             with plain:
                 path.append(F.max_unpool2d((pooled > 0).to(pooled.dtype), indices, 2))
     gradient, of_images = critic.score.weight.to(features.dtype).view(1, *features.shape[1:]).expand_as(features), None
+    if labels is not None:
+        gradient = gradient + (critic.classes(labels) / features[0, 0].numel()).to(features.dtype)[:, :, None, None]
     for index, passed in reversed(list(enumerate(path))):
         with plain:
             gradient = F.interpolate(gradient, scale_factor=2) * passed

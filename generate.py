@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from checkpointing import CheckpointError, export_generator, load_generator, preparation_of
-from class_gaussians import class_gaussians
+from class_gaussians import class_gaussians, learned_classes
 from config import DEVICES, Settings, add_options, option, option_name, source_and_options
 from console import Interrupt, print_error, program_output, say
 from data_report import say_what_is_left_out
@@ -33,7 +33,7 @@ from image_data import find_files, find_images, load_images
 from image_files import DataError
 from latent_paths import decode_each, encode_film, encode_photo, frames_of, images_of, steady_film, steady_loop, walk
 from pictures import PictureError, alpha_picture, enlarge, grid, save_picture
-from randomness import latent_noise
+from randomness import drawn_labels, latent_noise
 from synthetic_video import synthetic_video
 from video_files import CLIP_FORMATS, FASTEST_GIF, pyav_fault, save_clip
 from video_frames import VIDEO_EXTENSIONS
@@ -59,9 +59,10 @@ class Options(Settings):
     images: str | None = option(None, "what", "just these images of the seed, in place of the first ones",
                                 metavar="57,100-120")
     seeds: str | None = option(None, "what", "image 0 of each of these seeds, in place of several of one", metavar="1,5-9")
-    class_: list | None = option(None, "what", "images of these classes, folders of --data, a row for each where there are "
-                                               "several; all: of every class", metavar="NAME")
-    data: str | None = option(None, "what", "folder of the images it was trained on, for --class", metavar="DIR")
+    class_: list | None = option(None, "what", "images of these classes, a row for each where there are several; all: of "
+                                               "every class", metavar="NAME")
+    data: str | None = option(None, "what", "folder of its images, whose class folders --class names; for a generator that "
+                                            "has learned no classes", metavar="DIR")
     grid: bool = option(False, "what", "all of them in one picture, clip or film")
     video: float | None = option(None, "what", "a film that ends where it began, through several images or --keyframes",
                                  metavar="SECONDS", above=0)
@@ -107,9 +108,8 @@ class Options(Settings):
                 faults.append(f"{option_name(name)}: must be numbers and ranges such as 1,5-9, got {text!r}")
         if self.images is not None and self.seeds is not None:
             faults.append("--images: are of one seed, so they do not go with --seeds")
-        if bool(self.class_) != bool(self.data):
-            faults.append("--class: needs --data DIR, with a folder for each class" if self.class_ else
-                          "--data: is for --class NAME")
+        if self.data and not self.class_:
+            faults.append("--data: is for --class NAME")
         for name in ("num_keyframes", "keyframes"):
             if getattr(self, name) is not None and self.video is None:
                 faults.append(f"{option_name(name)}: needs --video SECONDS")
@@ -227,13 +227,22 @@ def _noise(vae, options, *, default):
     else:
         wanted = [(options.seed, index) for index in (numbers(options.images) if options.images else range(default))]
     z = torch.cat([latent_noise(seed, [index], vae.latent_dim) for seed, index in wanted])
-    return wanted, options.temperature * z.to(vae.mu.weight.device)
+    z = options.temperature * z.to(vae.mu.weight.device)
+    if vae.classes is not None and not options.class_:
+        labels = torch.cat([drawn_labels(seed, [index], vae.class_counts) for seed, index in wanted])
+        z = z + vae.class_latents(labels.to(z.device))
+    return wanted, z
 
 
 def _classes(vae, options):
     """Returns the ClassGaussian of each class asked for."""
     if not options.class_:
         return []
+    if vae.classes is not None and not options.data:
+        return learned_classes(vae, options.class_)
+    if not options.data:
+        raise GenerateError("--class: this generator has learned no classes (training.py --class-conditional), so it needs "
+                            "--data DIR, with a folder for each class")
     data = load_images(options.data, vae.image_shape[1:], cache_dir=options.cache_dir, skip_bad=True, **preparation_of(vae))
     say_what_is_left_out(data.skipped, data.passed_over)
     return class_gaussians(vae, data, options.class_, report=say)

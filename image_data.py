@@ -43,6 +43,7 @@ from video_frames import VIDEO_EXTENSIONS, is_film, open_film, sampled
 
 CACHE_VERSION = 3
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}  # names of folders that are no classes
 CHUNK = 512  # files decoded together
 VIDEO_FPS = 2  # images per second of a film, where nothing else is asked for
 STILL = 4  # of 255: the largest change of any 64th of a frame that is nearly the same as the one before
@@ -410,6 +411,25 @@ def _size_and_time(path):
     with contextlib.suppress(OSError):  # a broken link, say, which decoding will name
         return path.stat().st_size, path.stat().st_mtime_ns
     return ()
+
+
+def class_labels(data):
+    """Returns the names of the classes of an ImageSet, sorted, and the number of each image's class, (M,) int64.
+
+    Raises:
+        DataError: there is no folder for each class, but images beside folders, one folder, or parts of a data set.
+    """
+    names = sorted(set(data.classes))
+    what = None
+    if "" in names and len(names) > 1:
+        what = f"{data.classes.count('')} images beside its class folders"
+    elif len(names) < 2:
+        what = "one class" if names and names[0] else "no class folders"
+    elif {name.lower() for name in names} <= PARTS:
+        what = f"parts of a data set, {', '.join(names)}: {pathlib.Path(data.folder) / names[-1]} may be what is meant"
+    if what:
+        raise DataError(f"--class-conditional: needs a folder for each class, {data.folder} has {what}")
+    return names, torch.tensor([names.index(name) for name in data.classes])
 
 
 def batch_indices(num_images, position, batch_size, *, seed):

@@ -15,6 +15,11 @@ and the blocks after that see it too, averaged to their size. The decoder's imag
 the smaller ones enlarged. What a larger size adds starts at zero, so that training can go on from one size to the next. The
 CNN's video always has the smallest size, and alpha is enlarged: a video of 64 px or more would cost more than the decoder.
 
+With num_classes K, the decoder adds a learned vector of its class to z, and the critic adds to the score the product of a
+learned vector with the means of the last maps (a projection, as Miyato and Koyama 2018, arXiv:1802.05637, without the norm).
+These vectors start at zero, where the networks are those without classes. The encoder does not see the class. Labels y are
+int64 (N,), from 0 to K - 1.
+
 This file is plain PyTorch and can be changed freely: faster forms of these computations are in fast_paths.py and are used
 only where they give the same numbers. There is no batch normalization, because the gradient penalty treats each sample on
 its own.
@@ -257,10 +262,12 @@ class VAE(nn.Module):
         output_layer: "cnn" (CNNParamTanh), "static" (StaticParamTanh) or "none".
         alpha_grid: G.
         grow_from: shorter side of the smallest size that it can work at; by default that of image_size.
+        num_classes: K, 0 for none.
 
     Attributes:
         image_sizes: (H, W) of each size that it can work at, the largest first.
         image_shape: (C, H, W) of the images that it draws now: at first the largest; draw_at changes it.
+        classes: an Embedding with the vector (Z,) of each class; None without classes.
 
     Shape: forward takes images (N, C, H, W) in [0, 1] and returns (reconstruction (N, C, H, W), mu (N, Z), logvar (N, Z)).
 
@@ -269,7 +276,7 @@ class VAE(nn.Module):
     """
 
     def __init__(self, *, image_size=128, channels=3, latent_dim=128, base_channels=32, num_frames=16, output_layer="cnn",
-                 alpha_grid=16, base_size=None, grow_from=None):
+                 alpha_grid=16, base_size=None, grow_from=None, num_classes=0):
         super().__init__()
         if output_layer not in OUTPUT_LAYERS:
             raise ValueError(f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {output_layer!r}")
@@ -297,6 +304,7 @@ class VAE(nn.Module):
         else:
             self.output_layer = None
         self.reset_parameters()
+        self.classes = _class_vectors(num_classes, latent_dim)  # last, so that an optimizer's numbers of the others stay
 
     def reset_parameters(self):
         _initialise_downsampling(self.encoder, self.inputs)
@@ -333,8 +341,14 @@ class VAE(nn.Module):
             noise = _randn(mu.shape, like=mu, generator=generator)
         return mu + torch.exp(0.5 * logvar) * noise
 
-    def decode_parts(self, z):
-        """Returns Decoded (the image before the output layer, the synthetic video, alpha, the image) for z (N, Z)."""
+    def class_latents(self, y):
+        """Returns the vectors (N, Z) of classes y (N,), float32, that decode adds to z."""
+        return _at_least_float32(_vectors_of(self.classes, y))
+
+    def decode_parts(self, z, y=None):
+        """Returns Decoded (the image before the output layer, the synthetic video, alpha, the image) for z (N, Z), and y."""
+        if y is not None:
+            z = z + self.class_latents(y)
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"expected z of shape {_shape((self.latent_dim,))}, got {tuple(z.shape)}")
         # In half precision the sigmoid would have fewer levels near white than an 8-bit picture.
@@ -360,9 +374,12 @@ class VAE(nn.Module):
             features = layer(features)
         return logits
 
-    def decode(self, z):
-        """Returns images (N, C, H, W) in [0, 1] for z (N, Z)."""
-        return self.decode_parts(z).images
+    def decode(self, z, y=None):
+        """Returns images (N, C, H, W) in [0, 1] for z (N, Z) and, where it has classes, labels y (N,).
+
+        Without y, z is taken as it is: encodings of images are such z, noise is one to which a class is to be added.
+        """
+        return self.decode_parts(z, y).images
 
     def forward(self, images):
         mu, logvar = self.encode(images)
@@ -383,19 +400,21 @@ class Discriminator(nn.Module):
     Only differences between scores are used, so the Linear layer needs no bias.
 
     Args:
-        image_size, channels, base_channels, base_size, grow_from: as in VAE.
+        image_size, channels, base_channels, base_size, grow_from, num_classes: as in VAE.
 
     Attributes:
         image_sizes: as in VAE.
         image_shape: (C, H, W) of the largest images.
+        classes: an Embedding with a vector for each class; None without classes.
 
-    Shape: images (N, C, H, W) in [0, 1], of any of image_sizes, to scores (N,), higher for what looks real.
+    Shape: images (N, C, H, W) in [0, 1], of any of image_sizes, and with classes labels y (N,), to scores (N,), higher for
+    what looks real.
 
     Raises:
         ValueError: as VAE; augmented images may leave [0, 1].
     """
 
-    def __init__(self, *, image_size=128, channels=3, base_channels=32, base_size=None, grow_from=None):
+    def __init__(self, *, image_size=128, channels=3, base_channels=32, base_size=None, grow_from=None, num_classes=0):
         super().__init__()
         self.image_sizes, widths, smallest = _network_shapes(image_size, channels, base_channels, base_size, grow_from)
         self.image_shape = channels, *self.image_sizes[0]
@@ -403,14 +422,18 @@ class Discriminator(nn.Module):
         self.inputs = nn.ModuleList(_from_image(channels, width) for width in widths[1:len(self.image_sizes)])
         self.score = nn.Linear(math.prod(smallest), 1, bias=False)
         _initialise_downsampling(self.blocks, self.inputs)
+        self.classes = _class_vectors(num_classes, smallest[0])
 
     def extra_repr(self):
         return f"{_shape(self.image_shape)} -> (N,)"
 
-    def forward(self, images):
+    def forward(self, images, y=None):
         _check_images(images, self.image_shape[0], self.image_sizes)
         features = downsample(self.blocks, self.inputs, 2 * images - 1, self.image_sizes)
-        return self.scale(images) * _at_least_float32(self.score(features.flatten(1)).squeeze(1))
+        scores = _at_least_float32(self.score(features.flatten(1)).squeeze(1))
+        if y is not None:
+            scores = scores + (_vectors_of(self.classes, y) * features.mean(dim=(2, 3))).sum(dim=1)
+        return self.scale(images) * scores
 
     def scale(self, images):
         """Returns by what scores of images of this size are multiplied: their size as a multiple of the smallest one.
@@ -444,6 +467,20 @@ def downsample(blocks, inputs, images, image_sizes):
             features.add_(inputs[level](images))
             level += 1
     return features
+
+
+def _class_vectors(num_classes, width):
+    """Returns an Embedding of zeros, which draws no random numbers, or None."""
+    return nn.Embedding.from_pretrained(torch.zeros(num_classes, width), freeze=False) if num_classes else None
+
+
+def _vectors_of(classes, y):
+    """Returns the vectors of labels y (N,). Raises ValueError where there are no classes, or labels on a CPU are none."""
+    if classes is None:
+        raise ValueError("labels are given, and the network has no classes: --class-conditional trains one that has")
+    if y.is_cpu and not torch.compiler.is_compiling() and len(y) and not 0 <= y.min() <= y.max() < classes.num_embeddings:
+        raise ValueError(f"expected labels from 0 to {classes.num_embeddings - 1}, got {y.tolist()}")
+    return classes(y)
 
 
 def halved(images):

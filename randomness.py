@@ -23,3 +23,10 @@ def latent_noise(seed, indices, latent_dim, *, purpose="image"):
     """
     draws = [torch.randn(1, latent_dim, generator=random_generator(seed, purpose, index)) for index in indices]
     return torch.cat(draws)
+
+
+def drawn_labels(seed, indices, counts):
+    """Returns labels (N,) int64, one for each index, as often as `counts` (K,) says; a function of (seed, i) alone."""
+    ends = counts.double().cumsum(0) / counts.sum()
+    places = [torch.rand(1, dtype=torch.float64, generator=random_generator(seed, "label", index)) for index in indices]
+    return torch.searchsorted(ends, torch.cat(places), right=True).clamp(max=len(counts) - 1)

@@ -14,6 +14,7 @@ import re
 import distributed
 from checkpointing import (
     CheckpointError,
+    class_names,
     learned_side,
     list_checkpoints,
     load_checkpoint,
@@ -27,6 +28,7 @@ from config import option_name
 from console import say
 from devices import pick_precision
 from growth import growth_of
+from image_data import class_labels
 from image_sizes import plain_size, size_text
 from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
 
@@ -34,6 +36,7 @@ RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's 
 MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "check_data", "skip_bad", "device", "compile",
               "cache_dir", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep_checkpoints",
               "tensorboard"}  # without a warning
+LISTED = 20  # classes named in a message
 MAY_BE_ABSENT = ("base_size", "grow_from")  # from runs that were begun without one, or before there was any
 
 
@@ -48,15 +51,17 @@ def find_run(config, *, name, folder):
 
     Args:
         config: a Config whose data is a resolved path, or names a set of images.
-        name: of the run folder below runs/, where config.out does not name one.
-        folder: the folder of images, in which the run folder must not be; None where there is none.
+        name: of the run folder below runs/, where config.out does not name one; None for that of the folder or film.
+        folder: the folder of images, in which the run folder must not be, or a film; None where there is none.
 
     Raises:
         RunFolderError, CheckpointError: what cannot be used, and what would do.
     """
     identity = {"data": config.data, "initial_checkpoint": config.initial_checkpoint}
     identity |= {"image_size": config.image_size} if config.initial_checkpoint else config.model_arguments()
+    identity["class_conditional"] = config.class_conditional
     fresh = config.fresh and not distributed.num_restarts()
+    name = name or (folder.stem if folder.is_file() else folder.name)
     out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh)
     if folder and pathlib.Path(os.path.realpath(out)).is_relative_to(folder):
         raise RunFolderError(f"--out: {out} is inside --data {folder}, and its pictures would be trained on")
@@ -130,11 +135,11 @@ def _saved_config(folder):
     try:
         saved = settings_of_file(json.loads((folder / "config.json").read_text()))
         plain_size(saved["image_size"])
-        return saved if saved.keys() >= RUN_KEYS else {}
+        return {"class_conditional": False} | saved if saved.keys() >= RUN_KEYS else {}
     except (KeyError, OSError, RecursionError, TypeError, ValueError):
         with contextlib.suppress(CheckpointError):
             state = load_newest(folder / "checkpoints", report=lambda line: None)
-            return state["config"] if state else {}
+            return {"class_conditional": False} | state["config"] if state else {}
         return {}
 
 
@@ -178,17 +183,54 @@ def resolve_settings(config, state, start, device):
         config = dataclasses.replace(config, precision=saved["precision"])
     # Older checkpoints do not name these: the same defaults, but the schedule counted 500 and 8,000 steps.
     before = {"warm_up_images": 500 * config.batch_size, "decay_after_images": 8_000 * config.batch_size, "ema_ramp": 0.1,
-              "grow_every_images": config.grow_every_images, "adam_beta2": 0.9, "resize_mode": "crop"} | saved
+              "grow_every_images": config.grow_every_images, "adam_beta2": 0.9, "resize_mode": "crop",
+              "class_conditional": False} | saved
     for name, value in dataclasses.asdict(config).items():
         if name not in MAY_CHANGE and before.get(name) != value:
             say(f"warning: {option_name(name)} was {before.get(name)}, is {value} from here on")
     return config
 
 
+def classes_of_run(config, data, state, start):
+    """Returns the names of the classes of a run, in the order of their numbers; [] without --class-conditional.
+
+    Classes that a checkpoint knows keep their numbers, also where the images have none of them; new ones come after these.
+
+    Args:
+        config: a Config.
+        data: the ImageSet.
+        state, start: as find_run returns them.
+
+    Raises:
+        DataError: as class_labels.
+        CheckpointError: the run was begun with other classes, or without any.
+    """
+    known = class_names(state or start) if state or start else []
+    if not config.class_conditional:
+        if known:
+            source = config.resume or config.initial_checkpoint or "the run"
+            raise CheckpointError(f"--class-conditional: {source} has classes, so it is needed")
+        return []
+    names, _ = class_labels(data)
+    new, gone = sorted(set(names) - set(known)), sorted(set(known) - set(names))
+    if state and new and not config.resume:
+        missing = f", and the images have none of {_list(gone)}" if gone else ""
+        raise CheckpointError(f"--data: this run has no class {_list(new)}{missing}; --resume CHECKPOINT --out NEW goes on "
+                              "with the new ones beside those that it knows")
+    if known and (new or gone):
+        say(f"note: new classes: {_list(new) or 'none'}; without images: {_list(gone) or 'none'}")
+    return [*known, *new]
+
+
+def _list(names):
+    return ", ".join(map(repr, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
 def _with_model_of(config, model):
     """Returns the config with the model_arguments of the checkpoint that the run has begun with, which it says."""
     fields = {field.name: field for field in dataclasses.fields(config)}
-    changes = {name: value for name, value in model.items() if name != "image_size" and getattr(config, name) != value}
+    changes = {name: value for name, value in model.items()
+               if name not in ("image_size", "num_classes") and getattr(config, name) != value}
     faults = [f"{option_name(name)}: {config.initial_checkpoint} has {value}, got {getattr(config, name)}"
               for name, value in changes.items() if getattr(config, name) != fields[name].default]
     if faults:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from checkpointing import preparation_for_file, save_checkpoint, save_generator
+from checkpointing import class_names_for_file, preparation_for_file, save_checkpoint, save_generator
 from config import option_name
 from console import say
 from data_report import say_what_is_left_out, say_what_would_suit
@@ -21,7 +21,7 @@ from image_data import as_float_images, batch_indices, evenly_spaced
 from image_metrics import sliced_wasserstein
 from image_sizes import plain_size, size_text
 from pictures import alpha_picture, grid, on_white, save_picture
-from randomness import latent_noise, random_generator
+from randomness import drawn_labels, latent_noise, random_generator
 from resuming import open_run_folder
 from safe_files import append_line, atomic_write
 
@@ -49,13 +49,15 @@ class RunLog:
         out: the run folder.
         checkpoints: those in it.
         state: the checkpoint to go on from, None at the start of a run.
+        class_names: as resuming.classes_of_run.
 
     Attributes:
         step, images_seen: done so far.
         total_steps: where the run ends.
+        labels: with classes, a list of one tensor, the number of each image's class (M,); else an empty list.
     """
 
-    def __init__(self, config, gan, data, out, checkpoints, state):
+    def __init__(self, config, gan, data, out, checkpoints, state, *, class_names=()):
         self.config, self.gan, self.data, self.out, self.checkpoints = config, gan, data, out, checkpoints
         self.is_rank_zero = distributed.rank() == 0
         self.threads = torch.get_num_threads() if gan.device.type == "cpu" else 0  # of the CPU that computes
@@ -71,7 +73,15 @@ class RunLog:
                             else math.ceil(config.epochs * len(data.images) / self.images_per_step))
         self.steps_since_last_line = 0
         self.step_seconds = {}  # of each size to come
+        self.class_names, self.labels, self.sample_labels = class_names, [], []
         self.noise = latent_noise(config.seed, range(NUM_SAMPLES), config.latent_dim)
+        if class_names:
+            rows = {name: row for row, name in enumerate(class_names)}
+            self.labels = [torch.tensor([rows[name] for name in data.classes])]
+            self.class_counts = self.labels[0].bincount(minlength=len(class_names))
+            shown = sorted(self.class_counts.argsort(descending=True, stable=True)[:NUM_SAMPLES // COLUMNS].tolist())
+            self.sample_labels = [torch.tensor(shown).repeat_interleave(COLUMNS)]
+            self.noise = self.noise[:COLUMNS].repeat(len(shown), 1)
         first = batch_indices(len(data.images), 0, NUM_SAMPLES, seed=config.seed)
         self.reals = as_float_images(data.images, first, torch.device("cpu"))
         self.tensorboard = None
@@ -91,6 +101,8 @@ class RunLog:
             f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
         say_what_is_left_out(data.skipped, data.passed_over, data.remarks)
         say_what_would_suit(data, config.channels)
+        if len(set(data.classes)) > 1 and not config.class_conditional and not self.step:
+            say("note: class folders are not learned as classes; --class-conditional does that")
         if len(data.images) != self.num_images_before:
             say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")
         elif self.set_before not in ("", data.digest) or self.step and not self.set_before and "float" in data.levels:
@@ -233,7 +245,8 @@ class RunLog:
             return
         started = time.perf_counter()
         vae, device, batch = self.gan.averaged, self.gan.device, self.config.batch_size
-        decoded = [vae.decode_parts(z.to(device)) for z in self.noise.split(batch)]
+        decoded = [vae.decode_parts(*(part.to(device) for part in parts)) for parts in zip(
+            self.noise.split(batch), *(y.split(batch) for y in self.sample_labels), strict=True)]
         self._draw("samples", grid(torch.cat([part.images.cpu() for part in decoded]), columns=COLUMNS))
         real = averaged_to(self.reals[:2 * COLUMNS], self.gan.side)
         again = torch.cat([vae.decode(vae.encode(part.to(device))[0]).cpu() for part in real.split(batch)])
@@ -262,8 +275,10 @@ class RunLog:
         started = time.perf_counter()
         seed, vae, before = self.config.seed, self.gan.averaged, read_metrics(self.out)
         real = on_white(evenly_spaced(self.data.images, NUM_MEASURED))
-        noise = latent_noise(seed, range(len(real)), self.config.latent_dim).split(self.config.batch_size)
-        fake = torch.cat([on_white(vae.decode(z.to(self.gan.device)).cpu()) for z in noise])
+        z = latent_noise(seed, range(len(real)), self.config.latent_dim).to(self.gan.device)
+        if self.class_names:
+            z = z + vae.class_latents(drawn_labels(seed, range(len(real)), self.class_counts).to(z.device))
+        fake = torch.cat([on_white(vae.decode(part).cpu()) for part in z.split(self.config.batch_size)])
         distances = sliced_wasserstein(real, fake, generator=random_generator(seed, "patches"))
         metrics = {"sliced_wasserstein": statistics.mean(distances.values())}
         append_metrics(self.out, {"step": self.step} | metrics)
@@ -293,9 +308,14 @@ class RunLog:
         if self.pending:
             columns = self._pending_values().cpu().unbind(1)
             pending = {name: column.clone() for name, column in zip(self.pending[0], columns, strict=True)}
-        return {"images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
+        model_arguments, classes = self.config.model_arguments(), {}
+        if self.class_names:
+            model_arguments["num_classes"] = len(self.class_names)
+            classes = {"class_names": class_names_for_file(self.class_names), "class_counts": self.class_counts}
+        return classes | {
+                "images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
                 "threads": self.threads, "config": dataclasses.asdict(self.config),
-                "model_arguments": self.config.model_arguments(), "pending_metrics": pending,
+                "model_arguments": model_arguments, "pending_metrics": pending,
                 "preparation": preparation_for_file(self.data.resize_mode, self.data.levels),
                 "image_set": self.data.digest, "first_side": self.gan.growth.sides[0], "learned_side": self.gan.side}
 

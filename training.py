@@ -23,7 +23,7 @@ from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
 from growth import averaged_to
 from image_data import DataError, as_float_images, as_image_set, batch_indices, load_images, to_device, to_device_if_it_fits
 from randomness import random_generator
-from resuming import RunFolderError, find_run, known_levels, resolve_settings
+from resuming import RunFolderError, classes_of_run, find_run, known_levels, resolve_settings
 from run_log import RunLog, TrainingError
 from wgan_gp import GAN
 
@@ -60,14 +60,14 @@ def train(config, *, data=None, interrupt=None, after_step=None):
         if log.step >= log.total_steps and not config.dry_run:
             say(f"{log.out} has all of its {log.step} steps: nothing is left to do. A larger --steps goes on from here")
             return log.out
-        images = to_device_if_it_fits(log.data.images, gan.device)
+        images, labels = to_device_if_it_fits(log.data.images, gan.device), log.labels
         use_fast_layers(gan, report=say)
-        log.plan(lambda: training_step(gan, images, log.step, log.images_seen))
+        log.plan(lambda: training_step(gan, images, log.step, log.images_seen, *labels))
         if config.dry_run:
-            metrics = training_step(gan, images, log.step, log.images_seen)
+            metrics = training_step(gan, images, log.step, log.images_seen, *labels)
             say("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
             return log.out
-        use_faster_updates(gan, images)
+        use_faster_updates(gan, images, *labels)
         with log.opened(), one_core_each(threads if gan.device.type == "cpu" else []):
             signals.defer()
             if log.step == 0:
@@ -77,8 +77,8 @@ def train(config, *, data=None, interrupt=None, after_step=None):
                     if (side := gan.growth.side_at(log.images_seen)) != gan.side:
                         log.keep_step()  # the last one of the size before
                         gan.work_at(side)
-                        use_faster_updates(gan, images)
-                    metrics = training_step(gan, images, log.step, log.images_seen)
+                        use_faster_updates(gan, images, *labels)
+                    metrics = training_step(gan, images, log.step, log.images_seen, *labels)
                 log.record(metrics)
                 if log.is_due(config.log_every):
                     log.write_metrics()
@@ -96,12 +96,12 @@ def train(config, *, data=None, interrupt=None, after_step=None):
     return log.out
 
 
-def training_step(gan, images, step, images_seen):
+def training_step(gan, images, step, images_seen, *labels):
     """Updates the critic config.critic_steps times, then the generator once; returns their metrics, on the device.
 
     Args:
         gan: a GAN.
-        images: uint8 (M, C, H, W).
+        images, labels: uint8 (M, C, H, W) and, where there are classes, the numbers of theirs (M,).
         step, images_seen: done so far.
     """
     config = gan.config
@@ -110,32 +110,32 @@ def training_step(gan, images, step, images_seen):
     gan.set_learning_rates(images_seen / config.critic_steps + config.batch_size)
     critic_metrics = []
     for update in range(config.critic_steps):  # (1) the critic, each time on a new batch
-        batch = critic_batch(gan, images, step, update, images_seen)
+        batch = critic_batch(gan, images, step, update, images_seen, *labels)
         critic_metrics.append(gan.critic_update(*batch))
         images_seen += config.batch_size
-    metrics = gan.generator_update(*generator_batch(gan, batch[0], step, images_seen))  # (2) the generator, on the last one
+    metrics = gan.generator_update(*generator_batch(gan, batch[0], step, images_seen, *batch[4:]))  # (2) the generator
     return {name: torch.stack([values[name] for values in critic_metrics]).mean() for name in critic_metrics[0]} | metrics
 
 
-def critic_batch(gan, images, step, update, images_seen):
+def critic_batch(gan, images, step, update, images_seen, *labels):
     """Returns this process's arguments of GAN.critic_update."""
     config, n = gan.config, gan.config.batch_size
     indices = batch_indices(len(images), images_seen, n, seed=config.seed)
     generator = random_generator(config.seed, "critic", step, update)
     drawn = (torch.randn(n, config.latent_dim, generator=generator), torch.rand(n, 1, 1, 1, generator=generator),
-             torch.rand(n, NUM_AUGMENT_NUMBERS, generator=generator))
+             torch.rand(n, NUM_AUGMENT_NUMBERS, generator=generator), *(y[indices] for y in labels))
     real = as_float_images(images, distributed.shard(indices), gan.device)
     return (averaged_to(real, gan.side), *(to_device(distributed.shard(tensor), gan.device) for tensor in drawn))
 
 
-def generator_batch(gan, real, step, images_seen):
-    """Returns this process's arguments of GAN.generator_update; `real` are the images of the critic's last batch."""
+def generator_batch(gan, real, step, images_seen, *labels):
+    """Returns this process's arguments of GAN.generator_update; `real` and `labels` are those of the critic's last batch."""
     config, n = gan.config, gan.config.batch_size
     generator = random_generator(config.seed, "generator", step)
     drawn = (torch.randn(n, config.latent_dim, generator=generator), torch.randn(n, config.latent_dim, generator=generator),
              torch.rand(n, NUM_AUGMENT_NUMBERS, generator=generator))
     return (real, *(to_device(distributed.shard(tensor), gan.device) for tensor in drawn),
-            to_device(torch.tensor(gan.ema_weight(images_seen)), gan.device))
+            to_device(torch.tensor(gan.ema_weight(images_seen)), gan.device), *labels)
 
 
 def _prepare(config, data):
@@ -151,8 +151,7 @@ def _prepare(config, data):
     with distributed.rank_zero_first():
         if data is None:
             folder = _data_folder(config)
-            name = "demo" if config.demo else folder.stem if folder.is_file() else folder.name
-            config = dataclasses.replace(config, data=str(folder))
+            name, config = "demo" if config.demo else None, dataclasses.replace(config, data=str(folder))
         else:
             if not config.data:
                 raise DataError("data: images are given, so Config(data=...) has to name the run")
@@ -166,8 +165,9 @@ def _prepare(config, data):
         data = data or load_images(
             config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad, channels=config.channels,
             resize_mode=config.resize_mode, levels=known_levels(config, state), video_fps=config.video_fps)
+        names, first_side = classes_of_run(config, data, state, start), (state or start or {}).get("first_side", 0)
         try:
-            gan = GAN(config, device, first_side=(state or start or {}).get("first_side", 0))
+            gan = GAN(config, device, first_side=first_side, num_classes=len(names))
         except RuntimeError as error:  # torch raises it when memory cannot be had
             raise TrainingError(f"networks of this size cannot be made here: {str(error).splitlines()[0]}") from None
         if state:
@@ -176,21 +176,21 @@ def _prepare(config, data):
             gan.begin_with(start)
         gan.work_at(gan.growth.side_at(state["images_seen"] if state else 0))
     distributed.broadcast_(gan.tensors())
-    return config, gan, RunLog(config, gan, data, out, checkpoints, state)
+    return config, gan, RunLog(config, gan, data, out, checkpoints, state, class_names=names)
 
 
 def _data_folder(config):
     return (draw_demo_images(DEMO_FOLDER) if config.demo else pathlib.Path(config.data).expanduser()).resolve()
 
 
-def use_faster_updates(gan, images):
+def use_faster_updates(gan, images, *labels):
     """Uses faster updates at the present size as --compile says, where they give the same results."""
     compiled = gan.config.compile == "on"
     # Collective operations have not been tried in a capture.
     captured = gan.config.compile != "off" and gan.device.type == "cuda" and distributed.world_size() == 1
     if compiled or captured:
-        critic = critic_batch(gan, images, 0, 0, 0)
-        batches = {"critic": critic, "generator": generator_batch(gan, critic[0], 0, gan.config.batch_size)}
+        critic = critic_batch(gan, images, 0, 0, 0, *labels)
+        batches = {"critic": critic, "generator": generator_batch(gan, critic[0], 0, gan.config.batch_size, *critic[4:])}
         use_fast_updates(gan, batches, compiled=compiled, capture=CapturedUpdate if captured else None, report=say)
 
 

@@ -3,6 +3,7 @@
 Source: Gulrajani et al. 2017 (arXiv:1704.00028), algorithm 1.
 """
 import copy
+import functools
 
 import torch
 
@@ -19,6 +20,7 @@ from randomness import random_generator
 ADAM_BETA1 = 0.0
 AFTER_GROWTH = 0.5  # the half-life of the average, at most, as a part of the images of the newest size
 NETWORKS = ("generator", "averaged", "critic")
+CLASSES = "classes.weight"  # in the state of a network
 
 
 class GAN:
@@ -35,12 +37,14 @@ class GAN:
         input_gradient: see losses.gradient_penalty; None for autograd.
     """
 
-    def __init__(self, config, device, *, first_side=0):
-        """first_side: as for growth.growth_of."""
+    def __init__(self, config, device, *, first_side=0, num_classes=0):
+        """first_side: as for growth.growth_of; num_classes: as for VAE."""
         torch.manual_seed(random_generator(config.seed, "weights").initial_seed())
         self.config, self.device, self.input_gradient = config, device, None
-        self.generator = VAE(**config.model_arguments()).to(device)
-        self.critic = Discriminator(**critic_arguments(config.model_arguments())).to(device)
+        self.num_classes = num_classes
+        model_arguments = config.model_arguments() | ({"num_classes": num_classes} if num_classes else {})
+        self.generator = VAE(**model_arguments).to(device)
+        self.critic = Discriminator(**critic_arguments(model_arguments)).to(device)
         # Convolutions are fastest in channels_last. The CNN is left out: its input is made frame by frame.
         vae = self.generator
         for convolutions in (vae.encoder, vae.inputs, vae.decoder, vae.outputs, self.critic):
@@ -62,12 +66,12 @@ class GAN:
         """The size that work_at has set."""
         return min(self.generator.image_shape[1:])
 
-    def critic_update(self, real, z, mixing, augment_numbers):
+    def critic_update(self, *batch):
         """Updates the critic once; returns its metrics, detached. Arguments as in critic_losses."""
-        metrics, norm = descend(self.critic_optimizer, *self.critic_losses(real, z, mixing, augment_numbers))
+        metrics, norm = descend(self.critic_optimizer, *self.critic_losses(*batch))
         return metrics | {"critic_gradient_norm": norm}
 
-    def critic_losses(self, real, z, mixing, augment_numbers):
+    def critic_losses(self, real, z, mixing, augment_numbers, *labels):
         """Returns the loss that the critic minimises, and its metrics.
 
         Args:
@@ -75,26 +79,36 @@ class GAN:
             z: (N, Z) standard normal.
             mixing: (N, 1, 1, 1) uniform in [0, 1].
             augment_numbers: (N, NUM_AUGMENT_NUMBERS) uniform in [0, 1].
+            labels: where there are classes, those of the real images (N,). The generated image at each place has the class
+                of the real one: were shares to differ, the critic could gain without end by what it adds to a score for the
+                class alone, which has no slope with respect to the image, so that the penalty does not see it.
         """
-        metrics = {}
+        metrics, critic, input_gradient = {}, self.critic, self.input_gradient
+        if labels:
+            def critic(images):  # real and generated ones together, or mixed
+                return self.critic(images, labels[0].repeat(len(images) // len(real)))
+
+            if input_gradient:
+                input_gradient = functools.partial(input_gradient, labels=labels[0])
         with self._autocast():
             with torch.no_grad():
-                fake = self.generator.decode(z)
+                fake = self.generator.decode(z, *labels)
             real, fake = self._augment(real, augment_numbers), self._augment(fake, augment_numbers)
-            loss = combined_wasserstein_loss(self.critic, real, fake, weight=self.config.gradient_penalty_weight,
-                                             mixing=mixing, input_gradient=self.input_gradient, metrics=metrics)
+            loss = combined_wasserstein_loss(critic, real, fake, weight=self.config.gradient_penalty_weight,
+                                             mixing=mixing, input_gradient=input_gradient, metrics=metrics)
         return loss, metrics | {"critic_loss": loss}
 
-    def generator_update(self, real, z, noise, augment_numbers, ema_weight):
+    def generator_update(self, real, z, noise, augment_numbers, ema_weight, *labels):
         """Updates the VAE with its CNN and layer once, then their average; returns their metrics, detached.
 
         Args:
-            real, z, noise, augment_numbers: as in generator_losses.
+            real, z, noise, augment_numbers, labels: as in generator_losses.
             ema_weight: a scalar tensor in [0, 1], by how much the average moves towards the new weights.
         """
         self.critic.requires_grad_(False)
         try:
-            metrics, norm = descend(self.generator_optimizer, *self.generator_losses(real, z, noise, augment_numbers))
+            losses = self.generator_losses(real, z, noise, augment_numbers, *labels)
+            metrics, norm = descend(self.generator_optimizer, *losses)
         finally:
             self.critic.requires_grad_(True)
         with torch.no_grad():
@@ -106,28 +120,33 @@ class GAN:
                 average.copy_(new)
         return metrics | {"generator_gradient_norm": norm}
 
-    def generator_losses(self, real, z, noise, augment_numbers):
+    def generator_losses(self, real, z, noise, augment_numbers, *labels):
         """Returns the loss that the VAE minimises, and its metrics.
 
         Args:
-            real, z, augment_numbers: as in critic_losses.
+            real, z, augment_numbers, labels: as in critic_losses.
             noise: (N, Z) standard normal, for the latent vectors of the real images.
         """
         weights = self.config.reconstruction_weight, self.config.kl_weight
+        prior = [self.generator.class_latents(y) for y in labels]  # its mean for each image, where it is not 0
+        z = sum(prior, start=z)
         with self._autocast():
             if any(weights):
                 mu, logvar = self.generator.encode(real)
                 z = torch.cat([z, self.generator.reparameterize(mu, logvar, noise=noise)])
             decoded = self.generator.decode_parts(z)
             generated, reconstruction = decoded.images[:len(real)], decoded.images[len(real):]
-            loss = generator_loss(self.critic(self._augment(generated, augment_numbers)))
+            loss = generator_loss(self.critic(self._augment(generated, augment_numbers), *labels))
             metrics = {"generator_loss": loss}
             if any(weights):
                 metrics["reconstruction"] = reconstruction_loss(reconstruction, real)
-                metrics["kl_divergence"] = kl_divergence(mu, logvar)
+                metrics["kl_divergence"] = kl_divergence(mu - prior[0] if prior else mu, logvar)
                 loss = loss + weights[0] * metrics["reconstruction"] + weights[1] * metrics["kl_divergence"]
         if decoded.alpha is not None:
             metrics["alpha"] = decoded.alpha.mean()
+        if labels:  # how far apart the classes are, in standard deviations of the noise
+            centres = self.generator.classes.weight
+            metrics["class_distance"] = torch.linalg.vector_norm(centres - centres.mean(dim=0), dim=1).mean()
         return loss, metrics
 
     def set_learning_rates(self, images):
@@ -178,6 +197,8 @@ class GAN:
             CheckpointError: what is missing, of another shape or type, or not finite.
         """
         own = self.state()
+        if self.num_classes:
+            state = state | {name: _with_new_classes(state[name], own[name]) for name in own}
         for name, expected in own.items():
             check_tensors(state[name], expected, name)
         for tensor, saved in zip(_leaves(own), _leaves({name: state[name] for name in own}), strict=True):
@@ -190,10 +211,12 @@ class GAN:
             CheckpointError: a shape or type that does not fit, or what is not finite.
         """
         for name, source in (("generator", "averaged"), ("averaged", "averaged"), ("critic", "critic")):
-            own = getattr(self, name).state_dict()
-            check_tensors(state[source], {key: own.get(key) for key in state[source]}, source)
-            for key, saved in state[source].items():
-                own[key].copy_(saved)
+            own, saved = getattr(self, name).state_dict(), state[source]
+            if CLASSES in saved:
+                saved = _with_new_classes(saved, own)
+            check_tensors(saved, {key: own.get(key) for key in saved}, source)
+            for key, tensor in saved.items():
+                own[key].copy_(tensor)
 
     def state_bytes(self):
         """Returns the bytes of weights and optimizer state, about the size of a checkpoint."""
@@ -204,6 +227,24 @@ class GAN:
 
     def _augment(self, images, augment_numbers):
         return augment(images, augment_numbers) if self.config.augment else images
+
+
+def _with_new_classes(saved, own):
+    """Returns saved weights, or what an optimizer has saved, in which classes that it does not have begin with nothing."""
+    key = CLASSES if CLASSES in own else max(own)  # the vectors of classes are the last parameter
+    if not isinstance(saved, dict) or key not in own:
+        return saved
+    return saved | {key: _with_new_rows(saved.get(key), own[key])}
+
+
+def _with_new_rows(saved, own):
+    if isinstance(own, dict):
+        return {name: _with_new_rows(saved.get(name) if isinstance(saved, dict) else None, own[name]) for name in own}
+    if saved is None:
+        return torch.zeros_like(own, device="cpu")
+    if isinstance(saved, torch.Tensor) and saved.dim() and own.dim() and saved.shape[1:] == own.shape[1:]:
+        return torch.cat([saved, saved.new_zeros(max(0, len(own) - len(saved)), *saved.shape[1:])])
+    return saved  # to be refused
 
 
 def _leaves(tensors):

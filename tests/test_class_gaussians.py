@@ -135,7 +135,7 @@ def test_films_and_clips_of_classes(trained):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--class", "light"], "--class: needs --data DIR"),
+    (["--class", "light"], "has learned no classes (training.py --class-conditional), so it needs --data DIR"),
     (["--data", "set"], "--data: is for --class NAME"),
     (["--class", "light", "--data", "set/light"], "set/light has no class folders"),
     (["--class", "light", "--data", "one"], "one has one class"),

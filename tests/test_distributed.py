@@ -97,7 +97,7 @@ def test_a_run_in_two_processes_writes_one_log_and_one_checkpoint_and_goes_on_al
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--data", "nowhere"], "nowhere is missing, a folder of images is needed"),
+    (["--data", "nowhere"], "nowhere is missing, a folder of images or a film is needed"),
     (["--data", "images", "--batch-size", "3"], "--batch-size: must be a multiple of 2, the number of processes, got 3"),
     (["--data", "images", "--out", "/proc/nowhere"], "--out: "),
 ])

@@ -1,3 +1,4 @@
+import math
 import os
 import pathlib
 import random
@@ -8,14 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import MODEL, ROOT, STATE, Payload, draw_film, frames_in, read, save_picture
+from helpers import MODEL, ROOT, STATE, TINY, Payload, draw_film, frames_in, read, save_picture
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import generate
 import latent_paths
+import training
 from checkpointing import load_checkpoint, load_generator, save_checkpoint
+from config import Config
 from demo_images import draw_shape
 from generate import Options, encode_photo, numbers, time_lapse, walk
 from latent_paths import FilmLatents, encode_film, frames_of, loop, smoothed, steady_film, steady_loop
@@ -322,6 +325,25 @@ def test_a_film_is_reconstructed_frame_by_frame_with_its_sound(checkpoint, tmp_p
     expected = frames_of(vae, steady_film(vae, latents)[0])
     assert F.avg_pool2d(frames - expected, 4).abs().mean() < 0.01
     assert (frames[12] - frames[11]).abs().mean() > 5 * (frames[11] - frames[10]).abs().mean()  # the cut stays one
+
+
+def test_a_run_on_a_film_alone_reconstructs_its_motion(tmp_path):
+    def picture(index):
+        ground, left = np.full((48, 48, 3), 30, np.uint8), round(18 + 14 * math.sin(2 * math.pi * index / 45))
+        ground[16:32, left:left + 14] = 230
+        return ground
+
+    def place(frames):
+        """How far to the right the light part of each frame is."""
+        light = frames.mean(dim=1) - frames.mean(dim=1).amin(dim=(1, 2), keepdim=True)
+        return (light * torch.linspace(0, 1, light.shape[-1])).sum(dim=(1, 2)) / light.sum(dim=(1, 2))
+
+    film = draw_film(tmp_path / "film.mp4", map(picture, range(90)))
+    run = training.train(Config(**TINY | {"data": str(film), "video_fps": 15, "steps": 200, "batch_size": 8,
+                                          "warm_up_images": 800, "kl_weight": 0.001}))
+    assert generate.main([str(run), "--reconstruct", str(film)]) == 0
+    places = torch.stack([place(frames_in(film)), place(clip("film-reconstruction.mp4"))])
+    assert torch.corrcoef(places)[0, 1] > 0.95
 
 
 def test_photos_and_folders_of_them_and_of_films_are_reconstructed(checkpoint, photos, tmp_path):

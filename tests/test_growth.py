@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import evaluate
 import generate
 import training
-from checkpointing import CRITIC_ARGUMENTS, CheckpointError, list_checkpoints, load_generator, load_start
+from checkpointing import CheckpointError, critic_arguments, list_checkpoints, load_generator, load_start
 from config import Config
 from fast_paths import use_fast_layers, use_fast_updates, written_out_gradient
 from growth import Growth, averaged_to
@@ -351,7 +351,7 @@ def test_larger_networks_that_begin_with_smaller_ones_compute_the_same_and_grow(
     with Image.open(samples[0]) as one, Image.open(samples[1]) as other:
         assert one.size == other.size
         assert max(high for _, high in ImageChops.difference(one.convert("RGB"), other.convert("RGB")).getextrema()) <= 1
-    scores = [Discriminator(**{name: state["model_arguments"][name] for name in CRITIC_ARGUMENTS}) for state in (
+    scores = [Discriminator(**critic_arguments(state["model_arguments"])) for state in (
         newest(run), newest(larger))]
     assert [critic.blocks[-3].out_channels for critic in scores] == [scores[0].blocks[-3].out_channels] * 2
     assert newest(train_tiny(steps=5, image_size=size, **begin))["step"] == 5
@@ -362,7 +362,7 @@ def test_the_critic_of_a_larger_network_scores_as_the_one_that_it_begins_with(tr
     start = load_start(run, 128)
     gan = GAN(dataclasses.replace(Config(data="x", **TINY), **start["model_arguments"]), torch.device("cpu"), first_side=32)
     gan.begin_with(start)
-    critic = Discriminator(**{name: newest(run)["model_arguments"][name] for name in CRITIC_ARGUMENTS})
+    critic = Discriminator(**critic_arguments(newest(run)["model_arguments"]))
     critic.load_state_dict(newest(run)["critic"])
     images = torch.rand(2, 3, 128, 128)
     torch.testing.assert_close(gan.critic(images), 4 * critic(averaged_to(images, 32)))

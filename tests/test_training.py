@@ -580,7 +580,7 @@ def test_dry_run_describes_trains_one_step_and_leaves_no_run(image_folder, capfd
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--data", "nowhere"], "nowhere is missing, a folder of images is needed"),
+    (["--data", "nowhere"], "nowhere is missing, a folder of images or a film is needed"),
     (["--data", "images", "--resume", "none.pt"], "none.pt: no such file"),
 ])
 def test_a_refusal_is_one_line_and_status_2(image_folder, capfd, arguments, said):
