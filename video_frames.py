@@ -22,6 +22,7 @@ ANIMATION_FORMATS = ("GIF", "WEBP", "PNG")
 OPEN_ONLY = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
 DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own ones leave transparency out
 HDR_TRANSFERS = (16, 18)  # PQ and HLG, as FFmpeg numbers them
+ROUNDING = Fraction(1, 1000)  # seconds, to which Matroska rounds times
 NO_DELAY = Fraction(1, 10)  # seconds that browsers show a frame of an animation whose duration is given as 0
 TURNED = {(1, 0, 0, 1): None, (0, 1, -1, 0): Image.Transpose.ROTATE_270, (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
           (0, -1, 1, 0): Image.Transpose.ROTATE_90, (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,9 +68,10 @@ def sampled(frames, frames_per_second):
     """Yields the Frames that are shown at the times 0, 1 / frames_per_second, 2 / frames_per_second and so on, each once."""
     number, rate = 0, Fraction(frames_per_second).limit_denominator(1_000_000)
     for frame in frames:
-        if frame.end * rate > number:
+        end = frame.end - min(ROUNDING, (frame.end - frame.time) / 2)
+        if end * rate > number:
             yield frame
-            number = math.ceil(frame.end * rate)
+            number = math.ceil(end * rate)
 
 
 class _Film:
@@ -170,7 +172,7 @@ class Video(_Film):
     def _whole_frames(self):
         import av
 
-        packets, num_lost, broken = self._container.demux(self._stream), 0, False
+        packets, num_lost, broken, waiting = self._container.demux(self._stream), 0, False, []
         while True:
             try:
                 packet = next(packets, None)
@@ -180,14 +182,17 @@ class Video(_Film):
             except av.error.FFmpegError as error:
                 if isinstance(error, OSError | MemoryError):
                     raise _fault(error, self._container.name) from None
-                num_lost, broken = num_lost + 1, True
+                # The damage may have begun in the frame before, which some codecs do not notice.
+                num_lost, broken, waiting = num_lost + 1 + len(waiting), True, []
                 continue
             for frame in frames:
                 broken = frame.is_corrupt or broken and not frame.key_frame
                 if broken:
                     num_lost += 1
                 else:
-                    yield frame
+                    yield from waiting
+                    waiting = [frame]
+        yield from waiting
         if num_lost:
             self.remarks.append(f"{num_lost} damaged frames are left out")
 
