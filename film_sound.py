@@ -41,7 +41,7 @@ def sound_of(path, start, container, *, report):
                 packets = ((time, packet) for time, packet in packets if time >= 0)
                 packets = itertools.chain([next(packets)], packets)  # shows whether it can be had at all
         except (DataError, av.error.FFmpegError, AttributeError, StopIteration, ValueError) as error:
-            report(f"note: the film is silent, because its sound cannot be read ({str(error) or 'it has none'})")
+            report(f"note: the film is silent, because its sound cannot be read ({str(error) or 'nothing of it is there'})")
             packets = iter(())
         yield delay, packets
 

@@ -116,6 +116,8 @@ class Options(Settings):
         if self.keyframes is not None and (self.grid or self.num_keyframes or self.images or self.seeds):
             faults.append("--keyframes: are all the images of one film, so they do not go with --grid, --num-keyframes, "
                           "--images and --seeds")
+        if self.reconstruct and self.fps:
+            faults.append("--fps: does not go with --reconstruct, which keeps the times of a film")
         asked = [option_name(name) for name in KINDS if getattr(self, name) not in (None, False)]
         if len(asked) > 1:
             faults.append(f"{asked[0]}: one thing at a time, so it does not go with {', '.join(asked[1:])}")
@@ -134,7 +136,7 @@ def numbers(text):
         if not match or int(match[2] or match[1]) - int(match[1]) not in range(MOST_NUMBERS - len(found)):
             return []
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def time_lapse(run):
@@ -196,7 +198,10 @@ def generate(source, options):
     if options.video is not None or options.animate is not None or options.morph:
         return [_film(vae, options)]
     if options.reconstruct:
-        return list(_reconstructed(vae, options))
+        paths = list(_reconstructed(vae, options))
+        if not paths:
+            raise GenerateError("--reconstruct: none of the files can be read")
+        return paths
     wanted, z = _noise(vae, options, default=options.num_images)
     names, columns = [f"seed{seed}-{index:05d}" for seed, index in wanted], math.ceil(math.sqrt(len(z)))
     if classes := _classes(vae, options):
@@ -282,6 +287,8 @@ def _film(vae, options):
         columns = -(-len(z) // count) if options.grid else 1
         name = f"{_seeds(options, classes)}{'-grid' if options.grid else ''}-film"
     length = options.frames if options.video is None else max(1, round(options.video * _rate(options)))
+    if len(z) > columns * length:
+        raise GenerateError(f"--video: {length} frames cannot go through {-(-len(z) // columns)} images; a longer film can")
     if columns * length >= MANY:
         use_fast_output_layers(vae, report=say)
     paths = [steady_loop(vae, keys, length, seed=options.seed, index=index)
@@ -294,17 +301,29 @@ def _film(vae, options):
 
 
 def _reconstructed(vae, options):
-    """Writes films and photos as the VAE reconstructs them; yields the path of each."""
-    for source in map(pathlib.Path, options.reconstruct):
-        source = source.expanduser()
-        folder, files = (source.resolve(), find_files(source)) if source.is_dir() else (source.parent, [source])
-        for file in files:
-            name = "-".join([*file.relative_to(folder).parts[:-1], _stem(file), "reconstruction"])
+    """Writes films and photos as the VAE reconstructs them; yields the path of each.
+
+    Of several files those that cannot be read are named and left out. Files of one name get numbers.
+    """
+    files, names = [], set()
+    for source in (pathlib.Path(source).expanduser() for source in options.reconstruct):
+        if not source.exists():
+            raise DataError(f"{source}: no such file")
+        folder, found = (source.resolve(), find_files(source)) if source.is_dir() else (source.parent, [source])
+        files += [(file, "-".join([*file.relative_to(folder).parts[:-1], _stem(file)])) for file in found]
+    for file, name in files:
+        name = next(new for new in (name, *(f"{name}-{number}" for number in itertools.count(2))) if new not in names)
+        names.add(name)
+        try:
             if file.suffix.lower() in VIDEO_EXTENSIONS:
-                yield _reconstructed_film(vae, file, name, options)
+                yield _reconstructed_film(vae, file, f"{name}-reconstruction", options)
             else:
                 image = next(images_of(vae, encode_photo(vae, file)))
-                yield _save(iter(_enlarged(image[None], options)), 1, name, options)
+                yield _save(iter(_enlarged(image[None], options)), 1, f"{name}-reconstruction", options)
+        except DataError as error:
+            if len(files) == 1:
+                raise
+            say(f"warning: {error}; it is left out")
 
 
 def _reconstructed_film(vae, file, name, options):
@@ -312,7 +331,8 @@ def _reconstructed_film(vae, file, name, options):
     if len(latents.z) >= MANY:
         use_fast_output_layers(vae, report=say)
     z, flicker = steady_film(vae, latents)
-    for line in (*latents.remarks, flicker):
+    silent = latents.has_sound and _ending(options, film=True) != "mp4"
+    for line in (*latents.remarks, flicker, "its sound is left out, which only --format mp4 can have" if silent else ""):
         if line:
             say(f"{file}: {line}")
     frames = (_enlarged(image[None], options)[0] for image in images_of(vae, z, leave=True))
@@ -347,6 +367,10 @@ def _enlarged(images, options):
     return enlarge(images, options.size or images.shape[-1], smooth=options.enlarge == "smooth")
 
 
+def _ending(options, *, film):
+    return options.format or ("mp4" if film else "webp")
+
+
 def _rate(options):
     return options.fps or (CLIP_RATE if options.video is None else FILM_RATE)
 
@@ -358,7 +382,7 @@ def _save(frames, length, name, options, *, ends=None, sound=None):
         ends, sound: as for video_files.save_clip, for films of --reconstruct.
     """
     is_clip = length > 1 or options.video is not None or ends
-    path = pathlib.Path(options.out, f"{name}.{options.format or ('mp4' if ends else 'webp')}" if is_clip else f"{name}.png")
+    path = pathlib.Path(options.out, f"{name}.{_ending(options, film=bool(ends)) if is_clip else 'png'}")
     if not is_clip:
         save_picture(next(iter(frames)), path)
         return path

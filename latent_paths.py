@@ -148,6 +148,7 @@ class FilmLatents(NamedTuple):
     ends: list  # of the frames, in seconds from the first one's start (Fraction)
     start: Fraction  # of the first frame, in the time of the file
     remarks: list  # see video_frames.Video
+    has_sound: bool = False
 
 
 @torch.no_grad()
@@ -174,7 +175,7 @@ def encode_film(vae, path):
                     waiting.clear()
             if waiting:
                 z.append(vae.encode(torch.stack(waiting).to(device))[0])
-            return FilmLatents(torch.cat(z), torch.tensor(changes), ends, getattr(film, "start", Fraction(0)), film.remarks)
+            return FilmLatents(torch.cat(z), torch.tensor(changes), ends, film.start, film.remarks, film.has_sound)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 

@@ -35,7 +35,7 @@ from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_f
 RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's config.json has all of them
 MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "check_data", "skip_bad", "device", "compile",
               "cache_dir", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep_checkpoints",
-              "tensorboard"}  # without a warning
+              "tensorboard", "class_conditional"}  # without a warning
 LISTED = 20  # classes named in a message
 MAY_BE_ABSENT = ("base_size", "grow_from")  # from runs that were begun without one, or before there was any
 

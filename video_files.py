@@ -70,6 +70,9 @@ def save_clip(frames, path, *, frames_per_second=None, num_frames=None, ends=Non
     if min(height, width) < least or max(height, width) > most:
         raise PictureError(f"{path}: frames of {width} x {height} pixels cannot be written, only sides of {least} to "
                            f"{most}; change --size or --num-images")
+    if ending == "gif" and (rate := len(ends) / ends[-1]) > FASTEST_GIF:
+        raise PictureError(f"{path}: {float(rate):.4g} frames per second, and players show more than {FASTEST_GIF} of a GIF "
+                           "wrongly; --format mp4 can have them")
     channels = len(first) if ending == "webp" else 3
     if ending != "mp4" and (num_bytes := len(ends) * channels * height * width) > LARGEST_IN_MEMORY:
         raise PictureError(f"{path}: {len(ends)} frames of {width} x {height} pixels are {num_bytes / 2**30:.1f} GiB, and "

@@ -80,10 +80,12 @@ class _Film:
     Attributes:
         duration: seconds, as far as the file says, else 0.
         remarks: what a person should know about the film, in words; complete after the last frame.
+        start: when the first frame is shown, in the time of the file; known from that frame on.
+        has_sound: whether there is a sound track.
     """
 
-    def __init__(self, duration):
-        self.duration, self.remarks = duration, []
+    def __init__(self, duration, *, has_sound=False):
+        self.duration, self.remarks, self.start, self.has_sound = duration, [], Fraction(0), has_sound
 
     def frames(self):
         """Yields each Frame, in order.
@@ -121,11 +123,7 @@ class Animation(_Film):
 
 
 class Video(_Film):
-    """The frames of a container of PyAV. Damaged ones are left out, and those after them that build on them.
-
-    Attributes:
-        start: when the first frame is shown, in the time of the file; known from that frame on.
-    """
+    """The frames of a container of PyAV. Damaged ones are left out, and those after them that build on them."""
 
     def __init__(self, container):
         import av
@@ -137,8 +135,8 @@ class Video(_Film):
         stream = next((stream for stream in films if stream.disposition & av.stream.Disposition.default), films[0])
         if stream.codec_context is None:
             raise DataError("its pictures have a codec that this build of the package av does not have")
-        super().__init__(float((container.duration or 0) / av.time_base))
-        self.start, self._container, self._stream, self._decoder = Fraction(0), container, stream, stream.codec_context
+        super().__init__(float((container.duration or 0) / av.time_base), has_sound=bool(container.streams.audio))
+        self._container, self._stream, self._decoder = container, stream, stream.codec_context
         self._interval = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
         if stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in DECODERS_WITH_ALPHA:
             self._decoder = av.CodecContext.create(DECODERS_WITH_ALPHA[stream.codec_context.name], "r")
@@ -162,7 +160,8 @@ class Video(_Film):
             elif counting or said is None or said - self.start < time:  # what goes back cannot be trusted later either
                 counting, time = True, max(time, number * self._interval)
             else:
-                time = said - self.start
+                even = number * self._interval  # Matroska rounds the times of a steady rate
+                time = even if abs(said - self.start - even) <= ROUNDING else said - self.start
             length = frame.duration * time_base if frame.duration else self._interval
             yield time, length, functools.partial(_picture, frame, reformat, aspect)
         whole = float((self._stream.duration or 0) * self._stream.time_base)

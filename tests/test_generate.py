@@ -366,6 +366,31 @@ def test_a_film_is_reconstructed_in_other_formats_too(checkpoint, tmp_path, endi
         assert image.info["duration"] == 100
 
 
+def test_files_of_one_name_do_not_replace_each_other_and_broken_ones_are_left_out(checkpoint, tmp_path, capfd):
+    for name in ("set/a.png", "set/a.jpg", "set/x/a.png", "other/a.png"):
+        save_picture(tmp_path / name)
+    (tmp_path / "set" / "b.mp4").write_text("broken")
+    (tmp_path / "set" / "c.png").write_text("broken")
+    assert generate.main([str(checkpoint), "--reconstruct", "set", "other"]) == 0
+    assert written() == ["a-2-reconstruction.png", "a-3-reconstruction.png", "a-reconstruction.png",
+                         "x-a-reconstruction.png"]
+    out = capfd.readouterr().out
+    assert out.count("; it is left out\n") == 2
+    assert out.endswith("and 3 more\n")
+    assert generate.main([str(checkpoint), "--reconstruct", "set", "nosuch.png", "--out", "new"]) == 2
+    assert generate.main([str(checkpoint), "--reconstruct", "set/b.mp4", "set/c.png", "--out", "new"]) == 2
+    assert capfd.readouterr().err == "nosuch.png: no such file\n--reconstruct: none of the files can be read\n"
+    assert not pathlib.Path("new").exists()
+
+
+def test_what_a_format_cannot_have_is_said(checkpoint, tmp_path, capfd):
+    film = moving_square(tmp_path / "film.mp4", sound="aac", rate=60)
+    assert generate.main([str(checkpoint), "--reconstruct", str(film), "--format", "webp"]) == 0
+    assert "its sound is left out, which only --format mp4 can have" in capfd.readouterr().out
+    assert generate.main([str(checkpoint), "--reconstruct", str(film), "--format", "gif"]) == 2
+    assert "60 frames per second, and players show more than 50 of a GIF wrongly" in capfd.readouterr().err
+
+
 def test_what_is_no_film_or_photo_is_said_before_anything_is_written(checkpoint, tmp_path, capfd):
     (tmp_path / "a.mp4").write_text("x")
     assert generate.main([str(checkpoint), "--reconstruct", "a.mp4"]) == 2
@@ -452,6 +477,8 @@ def test_an_exported_generator_is_the_same_and_says_nothing_of_its_maker(train_t
     (["saved/step_0000001.pt", "--keyframes", "a.png"], "--keyframes: needs --video SECONDS"),
     (["saved/step_0000001.pt", "--video", "1", "--keyframes", "none.jpg"], "none.jpg: no such file"),
     (["saved/step_0000001.pt", "--video", "1", "--keyframes", "a.png", "--grid"], "--keyframes: are all the images of one"),
+    (["saved/step_0000001.pt", "--video", "1", "--num-keyframes", "31"], "--video: 30 frames cannot go through 31 images"),
+    (["saved/step_0000001.pt", "--reconstruct", "a.png", "--fps", "12"], "--fps: does not go with --reconstruct"),
     (["saved/step_0000001.pt", "--video", "0"], "--video: must be above 0, got 0"),
     (["saved/step_0000001.pt", "--num-images", "few"], "--num-images: must be a whole number, got 'few'"),
     pytest.param(["saved/step_0000001.pt", "--device", "cuda"], "--device: cuda is not available here; there is cpu",
