@@ -312,7 +312,8 @@ def _reconstructed(vae, options):
         folder, found = (source.resolve(), find_files(source)) if source.is_dir() else (source.parent, [source])
         files += [(file, "-".join([*file.relative_to(folder).parts[:-1], _stem(file)])) for file in found]
     for file, name in files:
-        name = next(new for new in (name, *(f"{name}-{number}" for number in itertools.count(2))) if new not in names)
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        name = next(new for new in itertools.chain([name], numbered) if new not in names)
         names.add(name)
         try:
             if file.suffix.lower() in VIDEO_EXTENSIONS:

@@ -148,6 +148,7 @@ class Video(_Film):
 
         reformat = av.video.reformatter.VideoReformatter().reformat
         aspect = self._stream.sample_aspect_ratio or 1
+        rounded = self._container.format.name.startswith("matroska")
         # Where frames are stored in another order than shown, AVI has their times in the order in which they are stored.
         time, counting = None, self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
         for number, frame in enumerate(_deinterlaced(self._whole_frames(), self._stream.time_base)):
@@ -160,8 +161,9 @@ class Video(_Film):
             elif counting or said is None or said - self.start < time:  # what goes back cannot be trusted later either
                 counting, time = True, max(time, number * self._interval)
             else:
-                even = number * self._interval  # Matroska rounds the times of a steady rate
-                time = even if abs(said - self.start - even) <= ROUNDING else said - self.start
+                time, even = said - self.start, number * self._interval
+                if rounded and abs(time - even) <= ROUNDING:  # a steady rate
+                    time = even
             length = frame.duration * time_base if frame.duration else self._interval
             yield time, length, functools.partial(_picture, frame, reformat, aspect)
         whole = float((self._stream.duration or 0) * self._stream.time_base)
