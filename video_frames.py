@@ -173,19 +173,20 @@ class Video(_Film):
     def _whole_frames(self):
         import av
 
-        packets, num_lost, broken, waiting = self._container.demux(self._stream), 0, False, []
+        packets, packet, num_lost, broken, waiting = self._container.demux(self._stream), None, 0, False, []
         while True:
             try:
-                packet = next(packets, None)
-                if packet is None:
-                    break
-                frames = self._decoder.decode(packet)
+                with _errors_of_ffmpeg() as errors:  # Matroska goes on behind what is damaged, and only logs that
+                    packet = next(packets, None)
+                frames = [] if packet is None else self._decoder.decode(packet)
             except av.error.FFmpegError as error:
                 if isinstance(error, OSError | MemoryError):
                     raise _fault(error, self._container.name) from None
-                # The damage may have begun in the frame before, which some codecs do not notice.
+                errors, frames = [error], []
+            if errors:  # the damage may have begun in the frame before, which some codecs do not notice
                 num_lost, broken, waiting = num_lost + 1 + len(waiting), True, []
-                continue
+            if packet is None:
+                break
             for frame in frames:
                 broken = frame.is_corrupt or broken and not frame.key_frame
                 if broken:
@@ -261,15 +262,25 @@ def open_container(path):
 
     if fault := pyav_fault():
         raise DataError(fault)
+    with _errors_of_ffmpeg() as lines:
+        try:
+            return av.open(str(path), options=OPEN_ONLY, metadata_errors="replace")
+        except av.error.FFmpegError as error:
+            fault, last = _fault(error, path), lines[-1][2].strip() if lines else ""
+            raise type(fault)(f"{fault} ({last})" if last and str(fault) in (BROKEN, UNKNOWN) else str(fault)) from None
+
+
+@contextlib.contextmanager
+def _errors_of_ffmpeg():
+    """Gives a list to which what FFmpeg reports as errors meanwhile is added."""
+    import av
+
     level, skip_repeated = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
     av.logging.set_skip_repeated(False)
     try:
         with av.logging.Capture(local=False) as lines:
-            return av.open(str(path), options=OPEN_ONLY, metadata_errors="replace")
-    except av.error.FFmpegError as error:
-        fault, last = _fault(error, path), lines[-1][2].strip() if lines else ""
-        raise type(fault)(f"{fault} ({last})" if last and str(fault) in (BROKEN, UNKNOWN) else str(fault)) from None
+            yield lines
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skip_repeated)

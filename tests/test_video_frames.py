@@ -201,7 +201,8 @@ def noisy(index):
 
 @pytest.mark.parametrize(("name", "codec", "options"), [
     ("a.mp4", "libx264", {"bf": "0"}), ("a.mkv", "libx264", {"bf": "0"}), ("a.mp4", "mpeg4", {}), ("a.mkv", "mpeg4", {}),
-    ("a.mp4", "libx265", {"x265-params": "keyint=12:bframes=0:log-level=none"}), ("a.mp4", "libvpx-vp9", {})])
+    ("a.mp4", "libx265", {"x265-params": "keyint=12:bframes=0:log-level=none"}), ("a.mp4", "libvpx-vp9", {}),
+    ("a.mkv", "libx265", {"x265-params": "keyint=12:bframes=0:log-level=none"}), ("a.mkv", "libvpx-vp9", {})])
 def test_damaged_frames_and_those_that_build_on_them_are_left_out(tmp_path, name, codec, options):
     film = draw_film(tmp_path / name, map(noisy, range(84)), codec=codec, options={"g": "12"} | options)
     whole, remarks = taken(film, 30)
