@@ -125,17 +125,19 @@ def _find(folder, *, films=True):
         raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}, a folder of images or a film is needed. "
                         f"{layout}")
     extensions = EXTENSIONS if reads_heic() else tuple(set(EXTENSIONS) - set(HEIC_EXTENSIONS))
-    if films and not pyav_fault():
-        extensions += VIDEO_EXTENSIONS
     found = Found(folder, folder, [], Counter(), {})
     for parent, names in _walk(found):
         for name in names:
             if name.startswith("._"):
                 continue
-            if name.lower().endswith(extensions):
+            if name.lower().endswith(extensions) or films and name.lower().endswith(VIDEO_EXTENSIONS):
                 found.paths.append(pathlib.Path(parent, name))
             elif not name.startswith("."):
                 found.passed_over[pathlib.PurePath(name).suffix.lower() or "without an ending"] += 1
+    found_films = [path for path in found.paths if path.suffix.lower() in VIDEO_EXTENSIONS]
+    if found_films and pyav_fault():
+        found.paths[:] = [path for path in found.paths if path.suffix.lower() not in VIDEO_EXTENSIONS]
+        found.passed_over.update(path.suffix.lower() for path in found_films)
     if not found.paths and not found.closed:
         held = f" It holds {passed_over_text(found.passed_over)}." if found.passed_over else ""
         raise DataError(f"{folder} holds no images ({', '.join(sorted(extensions))}).{held} {layout}")
@@ -167,7 +169,7 @@ def _walk(found):
 def passed_over_text(passed_over):
     """Returns ImageSet.passed_over as text, and what would read the pictures among it."""
     advice = dict.fromkeys(HEIC_EXTENSIONS, f" ({READS_HEIC})") | dict.fromkeys(ARCHIVES, " (unpack it)")
-    if fault := pyav_fault():
+    if not passed_over.keys().isdisjoint(VIDEO_EXTENSIONS) and (fault := pyav_fault()):
         advice |= dict.fromkeys(VIDEO_EXTENSIONS, f" ({fault})")
     kinds = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {kind}{advice.get(kind, '')}" for kind, count in kinds)
@@ -429,7 +431,8 @@ def class_labels(data):
         what = f"parts of a data set, {', '.join(names)}: {pathlib.Path(data.folder) / names[-1]} may be what is meant"
     if what:
         raise DataError(f"--class-conditional: needs a folder for each class, {data.folder} has {what}")
-    return names, torch.tensor([names.index(name) for name in data.classes])
+    numbers = {name: number for number, name in enumerate(names)}
+    return names, torch.tensor([numbers[name] for name in data.classes])
 
 
 def batch_indices(num_images, position, batch_size, *, seed):

@@ -308,14 +308,13 @@ class RunLog:
         if self.pending:
             columns = self._pending_values().cpu().unbind(1)
             pending = {name: column.clone() for name, column in zip(self.pending[0], columns, strict=True)}
-        model_arguments, classes = self.config.model_arguments(), {}
+        classes = {}
         if self.class_names:
-            model_arguments["num_classes"] = len(self.class_names)
             classes = {"class_names": class_names_for_file(self.class_names), "class_counts": self.class_counts}
         return classes | {
                 "images_seen": self.images_seen, "elapsed_seconds": self._elapsed(), "num_images": len(self.data.images),
                 "threads": self.threads, "config": dataclasses.asdict(self.config),
-                "model_arguments": model_arguments, "pending_metrics": pending,
+                "model_arguments": self.gan.model_arguments, "pending_metrics": pending,
                 "preparation": preparation_for_file(self.data.resize_mode, self.data.levels),
                 "image_set": self.data.digest, "first_side": self.gan.growth.sides[0], "learned_side": self.gan.side}
 

@@ -35,16 +35,16 @@ class GAN:
         sizes: (H, W) of each size that they can work at, by its shorter side, the smallest first.
         growth: a Growth, the sizes that the run goes through.
         input_gradient: see losses.gradient_penalty; None for autograd.
+        model_arguments: the keyword arguments of `generator`.
     """
 
     def __init__(self, config, device, *, first_side=0, num_classes=0):
         """first_side: as for growth.growth_of; num_classes: as for VAE."""
         torch.manual_seed(random_generator(config.seed, "weights").initial_seed())
         self.config, self.device, self.input_gradient = config, device, None
-        self.num_classes = num_classes
-        model_arguments = config.model_arguments() | ({"num_classes": num_classes} if num_classes else {})
-        self.generator = VAE(**model_arguments).to(device)
-        self.critic = Discriminator(**critic_arguments(model_arguments)).to(device)
+        self.model_arguments = config.model_arguments() | ({"num_classes": num_classes} if num_classes else {})
+        self.generator = VAE(**self.model_arguments).to(device)
+        self.critic = Discriminator(**critic_arguments(self.model_arguments)).to(device)
         # Convolutions are fastest in channels_last. The CNN is left out: its input is made frame by frame.
         vae = self.generator
         for convolutions in (vae.encoder, vae.inputs, vae.decoder, vae.outputs, self.critic):
@@ -197,7 +197,7 @@ class GAN:
             CheckpointError: what is missing, of another shape or type, or not finite.
         """
         own = self.state()
-        if self.num_classes:
+        if "num_classes" in self.model_arguments:
             state = state | {name: _with_new_classes(state[name], own[name]) for name in own}
         for name, expected in own.items():
             check_tensors(state[name], expected, name)

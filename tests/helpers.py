@@ -38,7 +38,7 @@ def save_picture(path, mode="RGB", size=(40, 30), color=None):
 
 
 def draw_film(path, pictures, *, rate=30, times=None, codec="libx264", pix_fmt="yuv420p", sound=None, tags=(1, 1),
-              options=None, prepare=lambda stream: None, change=lambda frame: frame):
+              options=None, prepare=lambda stream: None):
     """Writes a film.
 
     Args:
@@ -48,7 +48,7 @@ def draw_film(path, pictures, *, rate=30, times=None, codec="libx264", pix_fmt="
         sound: a codec, for 2.8 seconds of silence with a beep at 1.2.
         tags: numbers of the colour matrix and of the range, 1 limited and 2 full; None says nothing of them.
         options: of the encoder.
-        prepare, change: called with the stream before it is used, and with each frame before it is encoded.
+        prepare: called with the stream before it is used.
     """
     import av
 
@@ -69,7 +69,7 @@ def draw_film(path, pictures, *, rate=30, times=None, codec="libx264", pix_fmt="
             colours = {"dst_colorspace": tags[0], "dst_color_range": tags[1]} if tags and pix_fmt[:3] == "yuv" else {}
             frame = frame.reformat(format=pix_fmt, **colours)
             frame.pts = times[index] if times else index
-            container.mux(stream.encode(change(frame)))
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
         if heard:
             seconds = np.arange(int(2.8 * 48_000)) / 48_000

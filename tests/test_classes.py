@@ -1,13 +1,10 @@
 """--class-conditional: from the class folders to images of one class."""
-import functools
 import pathlib
 
 import pytest
 import torch
 from helpers import STATE, TINY, assert_same, newest, read, save_picture, tiny_arguments
-from test_distributed import flat, run_processes
 
-import distributed
 import evaluate
 import generate
 import training
@@ -293,36 +290,6 @@ def test_names_of_classes_that_do_not_fit_are_refused(tmp_path, change):
     assert class_names(load_checkpoint(save_checkpoint(tmp_path, 1, state, keep=1))) == ["a", "b", "c"]
     with pytest.raises(CheckpointError, match="not a checkpoint of this program: class_"):
         load_checkpoint(save_checkpoint(tmp_path, 2, state | change, keep=1))
-
-
-def take_steps(name):
-    """As in test_distributed, with classes."""
-    distributed.start(torch.device("cpu"))
-    gan = moved(conditional_gan())
-    for network in (gan.generator, gan.critic, gan.averaged):
-        network.double()
-    gan.critic_optimizer = wgan_gp.make_adam(gan.critic, 1e-3, 0.9)
-    gan.generator_optimizer = wgan_gp.make_adam(gan.generator, 1e-3, 0.9)
-    images = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    labels, found = torch.arange(10) % 3, []
-    torch.set_default_dtype(torch.float64)
-    for step in range(3):
-        *batch, y = training.critic_batch(gan, images, step, 0, 4 * step, labels)
-        found.append(gan.critic_update(*(tensor.double() for tensor in batch), y))
-        *batch, y = training.generator_batch(gan, batch[0], step, 4 * step + 4, y)
-        found.append(gan.generator_update(*(tensor.double() for tensor in batch), y))
-        found.append(gan.gradients())
-    torch.save([found, gan.tensors()], f"{name}{distributed.rank()}")
-    distributed.stop()
-
-
-def test_two_processes_take_the_steps_of_one_with_the_joined_batch():
-    run_processes(2, first=functools.partial(take_steps, "two"))
-    run_processes(1, first=functools.partial(take_steps, "one"))
-    one, first, second = (torch.load(name, weights_only=True) for name in ("one0", "two0", "two1"))
-    assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
-    for alone, together in zip(flat(one), flat(first), strict=True):
-        torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
 
 
 def test_classes_that_are_colours_are_learned(colours):

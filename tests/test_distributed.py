@@ -35,29 +35,37 @@ def run_processes(number, *arguments, first=None, status=0):
     return [(re.sub(r"(?m)^\[Gloo\].*\n", "", child.out.read_text()), child.err.read_text()) for child in children]
 
 
-def take_steps(name):
+def take_steps(name, num_classes):
     """Three steps in float64, from the same data; every process leaves its metrics, its gradients and what it ends with."""
     distributed.start(torch.device("cpu"))
-    gan = training.GAN(Config(data="x", **TINY), torch.device("cpu"))
+    gan = training.GAN(Config(data="x", **TINY), torch.device("cpu"), num_classes=num_classes)
     for network in (gan.generator, gan.critic, gan.averaged):
         network.double()
+        if num_classes:
+            torch.manual_seed(1)
+            torch.nn.init.normal_(network.classes.weight)
     gan.critic_optimizer = wgan_gp.make_adam(gan.critic, 1e-3, 0.9)
     gan.generator_optimizer = wgan_gp.make_adam(gan.generator, 1e-3, 0.9)
     for tensor in gan.tensors():
         tensor += distributed.rank()  # to be put right by the others hearing from rank 0
     distributed.broadcast_(gan.tensors())
     images = torch.randint(256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels = [torch.arange(10) % num_classes] if num_classes else []
     torch.set_default_dtype(torch.float64)
     found = []
     for step in range(3):
-        batch = training.critic_batch(gan, images, step, 0, 4 * step)
+        batch = training.critic_batch(gan, images, step, 0, 4 * step, *labels)
         assert len(batch[0]) * distributed.world_size() == 4
-        found.append(gan.critic_update(*(tensor.double() for tensor in batch)))
-        batch = training.generator_batch(gan, batch[0], step, 4 * step + 4)
-        found.append(gan.generator_update(*(tensor.double() for tensor in batch)))
+        found.append(gan.critic_update(*in_float64(batch)))
+        batch = training.generator_batch(gan, batch[0], step, 4 * step + 4, *batch[4:])
+        found.append(gan.generator_update(*in_float64(batch)))
         found.append(gan.gradients())
     torch.save([found, gan.tensors()], f"{name}{distributed.rank()}")
     distributed.stop()
+
+
+def in_float64(batch):
+    return [tensor.double() if tensor.is_floating_point() else tensor for tensor in batch]
 
 
 def flat(nested):
@@ -66,9 +74,10 @@ def flat(nested):
     return [tensor for value in (nested.values() if isinstance(nested, dict) else nested) for tensor in flat(value)]
 
 
-def test_two_processes_take_the_steps_of_one_with_the_joined_batch():
-    run_processes(2, first=functools.partial(take_steps, "two"))
-    run_processes(1, first=functools.partial(take_steps, "one"))
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_two_processes_take_the_steps_of_one_with_the_joined_batch(num_classes):
+    run_processes(2, first=functools.partial(take_steps, "two", num_classes))
+    run_processes(1, first=functools.partial(take_steps, "one", num_classes))
     one, first, second = (torch.load(name, weights_only=True) for name in ("one0", "two0", "two1"))
     assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
     for alone, together in zip(flat(one), flat(first), strict=True):
