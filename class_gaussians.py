@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from console import LISTED, listed
 from image_data import as_float_images
 from image_files import DataError
 
 AT_A_TIME = 64  # images that are encoded together
 HELD_BACK = 5  # one of so many images of a class is held back to learn whether the Gaussians know its class
-NAMED = 20  # classes listed in a message
 UNSURE = 0.5  # share of the images of a class that are recognised, below which there is a warning
 
 
@@ -86,9 +86,9 @@ def find_class(name, names):
             return same[0]
         if same:
             raise DataError(f"--class: {name!r} may be {' or '.join(repr(names[row]) for row in same)}")
-    near = difflib.get_close_matches(name, names, NAMED, 0.5) or names[:NAMED]
-    more = f" and {len(names) - len(near)} more" if len(near) < len(names) else ""
-    raise DataError(f"--class: there is no class {name!r}; there are {', '.join(map(repr, near))}{more}")
+    near = difflib.get_close_matches(name, names, LISTED, 0.5)
+    raise DataError(f"--class: there is no class {name!r}; there are "
+                    f"{listed(map(repr, near + [other for other in names if other not in near]))}")
 
 
 @torch.no_grad()
@@ -140,8 +140,7 @@ def _report_recognition(mu, variance, labels, names, report):
            f"chance it would be {1 / len(names):.0%}")
     unsure = sorted((name for name, share in shares.items() if share < UNSURE), key=shares.get)
     if unsure:
-        listed = ", ".join(f"{name} {shares[name]:.0%}" for name in unsure[:NAMED])
-        report(f"warning: they do not know {listed}{' and more' if len(unsure) > NAMED else ''}, so images of these may "
+        report(f"warning: they do not know {listed(f'{name} {shares[name]:.0%}' for name in unsure)}: images of these may "
                "show other classes")
 
 

@@ -9,6 +9,14 @@ from tqdm import tqdm
 
 import distributed
 
+LISTED = 20  # entries shown of a list that may be long
+
+
+def listed(entries, separator=", "):
+    """Returns texts as one, the first of them where there are many."""
+    entries = list(entries)
+    return separator.join([*entries[:LISTED], *([f"and {len(entries) - LISTED} more"] if len(entries) > LISTED else [])])
+
 
 def say(text):
     """Prints a line on rank 0. Errors from a closed terminal or pipe are ignored, so that the run goes on."""

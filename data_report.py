@@ -2,11 +2,10 @@
 import statistics
 from collections import Counter
 
-from console import say
+from console import listed, say
 from image_data import check_readable, class_of, common_levels_of, decode_folder, passed_over_text
 from image_sizes import LONGEST, SMALLEST_MAP, height_and_width, plain_size, size_text
 
-LISTED = 20  # entries shown of a list that may be long
 MANY = 0.1  # of the images
 
 
@@ -122,5 +121,4 @@ def _counts(title, values):
 
 def _listing(title, entries, separator):
     """The title and the first entries, "" if there are none."""
-    more = [f"and {len(entries) - LISTED} more"] if len(entries) > LISTED else []
-    return title + separator.join([*entries[:LISTED], *more]) if entries else ""
+    return title + listed(entries, separator) if entries else ""

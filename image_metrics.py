@@ -6,45 +6,38 @@ from urllib.error import URLError
 
 import torch
 from torch.nn import functional as F
-from torch.utils.data import Subset
 
 from pictures import on_white
 
 SMALLEST_LEVEL = 16  # pixels a side of the coarsest level of the pyramid
 PATCH = 7  # pixels a side
 PATCHES_PER_IMAGE = 64
-DIRECTIONS = 512
+DIRECTIONS, DIRECTIONS_AT_A_TIME = 512, 64
 KID_SUBSET = 1_000  # images, as is usual, or as many as there are
 CHUNK = 1_000  # images compared at a time
+MOST_PAIRED = 4_000  # images of which each is compared with each
 THUMBNAIL = 16  # pixels a side; whole images are compared at this size, without their texture
 
 
-def sliced_wasserstein(real, fake, *, generator):
-    """Returns the distance between the patches of two sets at each scale: a dict of pixels on the shorter side to distance x
-    1000.
+def patches(images, *, generator, per_image=PATCHES_PER_IMAGE):
+    """Returns patches of 7 x 7 pixels taken at random from each level of a Laplacian pyramid of the images.
 
-    Patches of 7 x 7 pixels are taken at random from a Laplacian pyramid, scaled by the mean and deviation that each channel
-    has in the real set, and compared along random directions. The finest level judges texture; the coarsest, of 16 pixels,
-    layout. The distance between two halves of one set is the noise floor at that number of images: compare distances only at
-    equal numbers. There is no upper bound.
+    The finest level judges texture; the coarsest, of 16 pixels, layout.
 
     Args:
-        real, fake: as many images in one as in the other.
-        generator: a CPU torch.Generator, for patches and directions.
+        images: (N, C, H, W) in [0, 1].
+        generator: a CPU torch.Generator, for their places.
+        per_image: how many of each image.
 
-    Source: Karras et al. 2018 (arXiv:1710.10196), section 5, but both sets are scaled by the statistics of the real one.
-    Scaling each set by its own hides a difference in contrast or tint.
+    Returns:
+        A dict of pixels on the shorter side to (N * per_image, C, 49), from the finest level on.
     """
-    distances = {}
-    for real_level, fake_level in zip(_laplacian_pyramid(real), _laplacian_pyramid(fake), strict=True):
-        real_patches, fake_patches = (_patches(level, generator) for level in (real_level, fake_level))
-        mean = real_patches.mean(dim=(0, 2), keepdim=True)
-        deviation = real_patches.std(dim=(0, 2), keepdim=True).clamp(min=1 / 255)
-        directions = F.normalize(torch.randn(real_patches[0].numel(), DIRECTIONS, generator=generator), dim=0)
-        one, other = (((patches - mean) / deviation).flatten(1).matmul(directions).sort(dim=0).values
-                      for patches in (real_patches, fake_patches))
-        distances[min(real_level.shape[-2:])] = 1000 * (one - other).abs().mean().item()
-    return distances
+    numbers = torch.arange(len(images)).repeat_interleave(per_image)
+    found = {}
+    for level in _laplacian_pyramid(images):
+        rows, columns = (torch.randint(side - PATCH + 1, numbers.shape, generator=generator) for side in level.shape[-2:])
+        found[min(level.shape[-2:])] = level.unfold(2, PATCH, 1).unfold(3, PATCH, 1)[numbers, :, rows, columns].flatten(2)
+    return found
 
 
 def _laplacian_pyramid(images):
@@ -57,12 +50,31 @@ def _laplacian_pyramid(images):
     return [*levels, images]
 
 
-def _patches(images, generator):
-    """(N * PATCHES_PER_IMAGE, C, PATCH * PATCH)"""
-    count = len(images) * PATCHES_PER_IMAGE
-    rows, columns = (torch.randint(side - PATCH + 1, (count,), generator=generator) for side in images.shape[-2:])
-    numbers = torch.arange(len(images)).repeat_interleave(PATCHES_PER_IMAGE)
-    return images.unfold(2, PATCH, 1).unfold(3, PATCH, 1)[numbers, :, rows, columns].flatten(2)
+def sliced_wasserstein(real, fake, *, generator):
+    """Returns the distance between the patches of two sets at each scale: a dict of pixels on the shorter side to distance x
+    1000.
+
+    Patches are scaled by the mean and deviation that each channel has in the real set, and compared along random directions.
+    The distance between two halves of one set is the noise floor at that number of images: compare distances only at equal
+    numbers. There is no upper bound.
+
+    Args:
+        real, fake: what `patches` returns, as many patches in one as in the other.
+        generator: a CPU torch.Generator, for the directions.
+
+    Source: Karras et al. 2018 (arXiv:1710.10196), section 5, but both sets are scaled by the statistics of the real one.
+    Scaling each set by its own hides a difference in contrast or tint.
+    """
+    distances = {}
+    for side, real_patches in real.items():
+        mean = real_patches.mean(dim=(0, 2), keepdim=True)
+        deviation = real_patches.std(dim=(0, 2), keepdim=True).clamp(min=1 / 255)
+        one, other = (((part - mean) / deviation).flatten(1) for part in (real_patches, fake[side]))
+        directions = F.normalize(torch.randn(one.shape[1], DIRECTIONS, generator=generator), dim=0)
+        parts = [((one @ some).sort(dim=0).values - (other @ some).sort(dim=0).values).abs().mean()
+                 for some in directions.split(DIRECTIONS_AT_A_TIME, dim=1)]
+        distances[side] = 1000 * torch.stack(parts).mean().item()
+    return distances
 
 
 def thumbnails(images):
@@ -71,7 +83,11 @@ def thumbnails(images):
 
 
 def diversity(small):
-    """Returns the mean distance between two different thumbnails (N, D) of a set, root mean square over D."""
+    """Returns the mean distance between two different thumbnails (N, D) of a set, root mean square over D.
+
+    Of more than 4,000 thumbnails, as many evenly spaced ones are taken.
+    """
+    small = small[::-(-len(small) // MOST_PAIRED)]
     return (torch.pdist(small).mean() / small.shape[1] ** 0.5).item()
 
 
@@ -83,29 +99,34 @@ def nearest_distance(small, others, *, rank=1):
         others: (M, D).
         rank: 2 takes the second nearest, for images that are themselves among the others.
     """
+    nearest = [_nearest(part, others, rank) for part in small.split(CHUNK)]
+    return (torch.cat(nearest).median() / small.shape[1] ** 0.5).item()
+
+
+def _nearest(small, others, rank):
+    """The distance of each of a few thumbnails to the nearest of others, (N,), without the whole (N, M) matrix."""
     nearest = torch.full((len(small), rank), torch.inf)
-    for part in others.split(CHUNK):  # so that no (N, M) matrix is made
+    for part in others.split(CHUNK):
         nearest = torch.cat([nearest, torch.cdist(small, part)], dim=1).topk(rank, dim=1, largest=False).values
-    return (nearest.amax(dim=1).median() / small.shape[1] ** 0.5).item()
+    return nearest.amax(dim=1)
 
 
-def reconstruction_error(vae, images):
-    """Returns the mean absolute difference between images and what the VAE makes of their mean latent vectors, in [0, 1].
+def reconstruction_errors(vae, images):
+    """Returns the mean absolute difference of each image to what the VAE makes of its mean latent vector, (N,) in [0, 1].
 
     Transparency is laid on white.
     """
-    errors = [(on_white(vae.decode(vae.encode(image)[0])) - on_white(image)).abs().mean() for image in images.split(1)]
-    return torch.stack(errors).mean().item()
+    return (on_white(vae.decode(vae.encode(images)[0])) - on_white(images)).abs().mean(dim=(1, 2, 3))
 
 
 def inception_distances(real, fake, device):
     """Returns FID and KID x 1000, in the features of the Inception network that papers use, fetched at the first call.
 
     FID falls with the number of images, KID does not: compare FID only at equal numbers of images (papers often use 50,000).
-    Images are rounded to 8 bits; torch-fidelity enlarges them to 299 px.
+    torch-fidelity enlarges them to 299 px.
 
     Args:
-        real, fake: at least 2 images each.
+        real, fake: data sets of at least 2 uint8 images (3, H, W) each.
         device: where to compute, CUDA or CPU.
 
     Raises:
@@ -117,7 +138,7 @@ def inception_distances(real, fake, device):
     from torch_fidelity import calculate_metrics  # an optional package
 
     try:
-        found = calculate_metrics(input1=_as_dataset(fake), input2=_as_dataset(real), fid=True, kid=True,
+        found = calculate_metrics(input1=fake, input2=real, fid=True, kid=True,
                                   kid_subset_size=min(KID_SUBSET, len(real), len(fake)), cuda=device.type == "cuda",
                                   cache=False, save_cpu_ram=True, verbose=False)  # save_cpu_ram: no worker processes
     except URLError as error:
@@ -125,6 +146,3 @@ def inception_distances(real, fake, device):
     return {"frechet_inception_distance": found["frechet_inception_distance"],
             "kernel_inception_distance": 1000 * found["kernel_inception_distance_mean"]}
 
-
-def _as_dataset(images):
-    return Subset((255 * images).round().to(torch.uint8).expand(-1, 3, -1, -1), range(len(images)))

@@ -25,7 +25,7 @@ from checkpointing import (
     settings_of_file,
 )
 from config import option_name
-from console import say
+from console import listed, say
 from devices import pick_precision
 from growth import growth_of
 from image_data import class_labels
@@ -36,7 +36,6 @@ RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's 
 MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "check_data", "skip_bad", "device", "compile",
               "cache_dir", "log_every", "sample_every", "evaluate_every", "checkpoint_every", "keep_checkpoints",
               "tensorboard", "class_conditional"}  # without a warning
-LISTED = 20  # classes named in a message
 MAY_BE_ABSENT = ("base_size", "grow_from")  # from runs that were begun without one, or before there was any
 
 
@@ -214,16 +213,12 @@ def classes_of_run(config, data, state, start):
     names, _ = class_labels(data)
     new, gone = sorted(set(names) - set(known)), sorted(set(known) - set(names))
     if state and new and not config.resume:
-        missing = f", and the images have none of {_list(gone)}" if gone else ""
-        raise CheckpointError(f"--data: this run has no class {_list(new)}{missing}; --resume CHECKPOINT --out NEW goes on "
-                              "with the new ones beside those that it knows")
+        missing = f", and the images have none of {listed(map(repr, gone))}" if gone else ""
+        raise CheckpointError(f"--data: this run has no class {listed(map(repr, new))}{missing}; --resume CHECKPOINT --out "
+                              "NEW goes on with the new ones beside those that it knows")
     if known and (new or gone):
-        say(f"note: new classes: {_list(new) or 'none'}; without images: {_list(gone) or 'none'}")
+        say(f"note: new classes: {listed(map(repr, new)) or 'none'}; without images: {listed(map(repr, gone)) or 'none'}")
     return [*known, *new]
-
-
-def _list(names):
-    return ", ".join(map(repr, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def _with_model_of(config, model):

@@ -18,7 +18,7 @@ from data_report import say_what_is_left_out, say_what_would_suit
 from devices import is_out_of_memory
 from growth import averaged_to, time_steps
 from image_data import as_float_images, batch_indices, evenly_spaced
-from image_metrics import sliced_wasserstein
+from image_metrics import patches, sliced_wasserstein
 from image_sizes import plain_size, size_text
 from pictures import alpha_picture, grid, on_white, save_picture
 from randomness import drawn_labels, latent_noise, random_generator
@@ -279,7 +279,8 @@ class RunLog:
         if self.class_names:
             z = z + vae.class_latents(drawn_labels(seed, range(len(real)), self.class_counts).to(z.device))
         fake = torch.cat([on_white(vae.decode(part).cpu()) for part in z.split(self.config.batch_size)])
-        distances = sliced_wasserstein(real, fake, generator=random_generator(seed, "patches"))
+        places = random_generator(seed, "patches")
+        distances = sliced_wasserstein(*(patches(images, generator=places) for images in (real, fake)), generator=places)
         metrics = {"sliced_wasserstein": statistics.mean(distances.values())}
         append_metrics(self.out, {"step": self.step} | metrics)
         self._add_to_tensorboard(metrics)

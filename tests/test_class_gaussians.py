@@ -94,7 +94,7 @@ def test_a_name_that_does_not_fit_one_class_is_refused_with_the_nearest(asked, s
 
 
 def test_long_lists_of_classes_are_cut():
-    with pytest.raises(DataError, match="'000', .*, '019' and 980 more$"):
+    with pytest.raises(DataError, match="'000', .*, '019', and 980 more$"):
         find_class("x", [f"{number:03d}" for number in range(1_000)])
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import pathlib
 import random
@@ -6,6 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import MODEL, STATE, Payload, save_picture
+from torch.utils.data import DataLoader
 
 import evaluate
 from checkpointing import load_generator, save_checkpoint
@@ -98,9 +100,10 @@ def test_held_out_images_take_the_place_of_training_images(checkpoint, data):
 def test_inception_adds_its_figures_of_the_generated_images(data, monkeypatch):
     fake = torch.rand(24, 3, 32, 32)
     monkeypatch.setattr(evaluate.image_metrics, "inception_distances", lambda real, generated, device: {
-        "frechet_inception_distance": (generated - fake).abs().max().item(), "images": len(real)})
-    found = figures(torch.cat([fake, fake]), data, inception=True)
-    assert (found["frechet_inception_distance"], found["images"]) == (0, 24)
+        "frechet_inception_distance": (next(iter(DataLoader(generated, 24))) / 255 - fake).abs().max().item(),
+        "images": len(real)})
+    found = figures(torch.cat([fake, fake, fake]), data, inception=True)
+    assert (found["frechet_inception_distance"] < 1 / 255, found["images"]) == (True, 24)
 
 
 def test_inception_is_asked_for_in_one_line_where_it_is_missing(data, monkeypatch):
@@ -111,11 +114,54 @@ def test_inception_is_asked_for_in_one_line_where_it_is_missing(data, monkeypatc
 
 def test_a_perfect_generator_has_the_distances_of_real_images(data):
     images = load_images(data, 32, cache_dir="cache").images / 255
-    metrics = figures(images, data)
+    metrics = figures(torch.cat([images, images]), data)
     sizes = [name for name in metrics if name.startswith("sliced_wasserstein") and not name.endswith("_real")]
     assert len(sizes) == 2
     for name in sizes:
         assert metrics[name] == pytest.approx(metrics[f"{name}_real"], rel=1e-4)
+
+
+class ByClass(Playback):
+    """Stands for a VAE that has learned classes and generates the given images of each, in turn."""
+
+    class_counts = torch.tensor([12, 12, 5])
+
+    def __init__(self, images):
+        super().__init__(None)
+        self.of_class, self.class_names = [itertools.cycle(part) for part in images.values()], list(images)
+
+    def class_latents(self, y):
+        return 100.0 * (y + 1)[:, None]
+
+    def decode(self, z):
+        if z[0, 0] == 0:  # a reconstruction
+            return torch.zeros(len(z), 3, 32, 32)
+        return torch.stack([next(self.of_class[label]) for label in ((z.mean(dim=1) + 50) / 100 - 1).long().tolist()])
+
+
+def test_within_each_class_collapse_and_copies_are_seen_and_classes_go_by_their_names(data, monkeypatch, capfd):
+    paths = sorted(data.glob("*.png"))
+    for number, path in enumerate(paths):
+        kind = "extra" if number == 0 else ("square", "circle")[number % 2]
+        (data / kind).mkdir(exist_ok=True)
+        path.rename(data / kind / path.name)
+    new = torch.stack([decode_image(path, 32) for path in draw_new()]) / 255
+    of_square = torch.stack([decode_image(path, 32) for path in sorted((data / "square").iterdir())]) / 255
+    images, options = {"circle": new[:1], "gone": new, "square": of_square}, {"data": str(data), "num_images": 24}
+    monkeypatch.setattr(evaluate, "CLASS_WITH_PATCHES", 12)
+    found = evaluate.evaluate(ByClass(images), Options(**options))
+    assert capfd.readouterr().err.splitlines()[-1] == "note: the generator has no class 'extra'"
+    assert {name: within["num_images"] for name, within in found["classes"].items()} == {"circle": 12, "square": 11}
+    assert [line[:line.index(" are ")] for line in alarms(found) if "class" in line] == [
+        "collapse: generated images of class 'circle'", "copying: generated images of class 'square'"]
+    rows = [line for line in evaluate.table(found).splitlines() if line.split()[0:1] in (["circle"], ["square"])]
+    assert [row.split()[:2] for row in rows] == [["circle", "12"]]  # square has too few
+    assert "sliced_wasserstein_32px" in found["classes"]["circle"]
+    save_picture("held/circle/a.png", color=(10, 250, 0))
+    held = evaluate.evaluate(ByClass(images), Options(**options, held_out="held"))["classes"]
+    assert held["square"] == found["classes"]["square"]
+    assert {name for name, value in held["circle"].items() if value != found["classes"]["circle"][name]} == {
+        "nearest_training_image_real"}
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

@@ -4,6 +4,7 @@ from urllib.error import URLError
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import Subset
 from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
 
 from demo_images import SHAPES, draw_shape
@@ -11,7 +12,8 @@ from image_metrics import (
     diversity,
     inception_distances,
     nearest_distance,
-    reconstruction_error,
+    patches,
+    reconstruction_errors,
     sliced_wasserstein,
     thumbnails,
 )
@@ -26,7 +28,8 @@ def drawn():
 
 
 def swd(real, fake):
-    return sliced_wasserstein(real, fake, generator=torch.Generator().manual_seed(0))
+    one, other = (patches(images, generator=torch.Generator().manual_seed(seed)) for seed, images in enumerate((real, fake)))
+    return sliced_wasserstein(one, other, generator=torch.Generator().manual_seed(2))
 
 
 def test_the_distance_of_a_set_to_itself_is_small_and_every_fault_raises_it_where_it_belongs(drawn):
@@ -75,11 +78,11 @@ def test_a_thumbnail_is_the_mean_of_what_it_covers():
     assert (thumbnails(images).view(2, 3, 16, 16) - expected).abs().mean() < 0.05
 
 
-def test_the_reconstruction_error_is_that_of_mean_latent_vectors():
+def test_reconstruction_errors_are_those_of_mean_latent_vectors():
     vae = VAE(image_size=32, latent_dim=4, base_channels=2).requires_grad_(False)
     images = torch.rand(3, 3, 32, 32)
-    expected = (vae.decode(vae.encode(images)[0]) - images).abs().mean()
-    assert reconstruction_error(vae, images) == pytest.approx(expected.item(), rel=1e-4)
+    for error, image in zip(reconstruction_errors(vae, images), images.split(1), strict=True):
+        assert error.item() == pytest.approx((vae.decode(vae.encode(image)[0]) - image).abs().mean().item(), rel=1e-4)
 
 
 @pytest.fixture
@@ -99,8 +102,8 @@ def inception(monkeypatch):
 
 def test_inception_distances_are_zero_for_the_same_images_and_rise_with_a_fault(drawn, inception):
     real, other = (half[:10] for half in drawn)
-    cpu = torch.device("cpu")
-    same, halves, dark = (inception_distances(real, fake, cpu) for fake in (real, other, 0.6 * other))
+    real, *fakes = (Subset((255 * images).round().to(torch.uint8), range(10)) for images in (real, real, other, 0.6 * other))
+    same, halves, dark = (inception_distances(real, fake, torch.device("cpu")) for fake in fakes)
     for name in ("frechet_inception_distance", "kernel_inception_distance"):
         assert abs(same[name]) < 0.1 * dark[name]
         assert halves[name] < 0.5 * dark[name]

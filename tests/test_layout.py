@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "image_metrics": {"torch", "torch_fidelity", "pictures"},
     "latent_paths": {"torch", "tqdm", "checkpointing", "image_files", "model_definitions", "randomness", "video_frames"},
     "film_sound": {"av", "image_files", "video_frames"},
-    "class_gaussians": {"torch", "tqdm", "image_data", "image_files"},
+    "class_gaussians": {"torch", "tqdm", "console", "image_data", "image_files"},
     "growth": {"devices", "image_sizes", "model_definitions"},
     "wgan_gp": {"torch", "augmentation", "checkpointing", "distributed", "growth", "losses", "model_definitions",
                 "randomness"},
