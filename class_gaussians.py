@@ -85,7 +85,9 @@ def find_class(name, names):
         if len(same) == 1:
             return same[0]
         if same:
-            raise DataError(f"--class: {name!r} may be {' or '.join(repr(names[row]) for row in same)}")
+            alike = len({composed(names[row]) for row in same}) < len(same)  # on the screen
+            shown = map(ascii if alike else repr, (names[row] for row in same))
+            raise DataError(f"--class: {name!r} may be {' or '.join(shown)}")
     near = difflib.get_close_matches(name, names, LISTED, 0.5)
     raise DataError(f"--class: there is no class {name!r}; there are "
                     f"{listed(map(repr, near + [other for other in names if other not in near]))}")

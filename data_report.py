@@ -3,7 +3,14 @@ import statistics
 from collections import Counter
 
 from console import listed, say
-from image_data import check_readable, class_of, common_levels_of, decode_folder, passed_over_text
+from image_data import (
+    check_readable,
+    class_of,
+    common_levels_of,
+    decode_folder,
+    folders_without_images,
+    passed_over_text,
+)
 from image_sizes import LONGEST, SMALLEST_MAP, height_and_width, plain_size, size_text
 
 MANY = 0.1  # of the images
@@ -37,6 +44,16 @@ def say_what_is_left_out(bad, passed_over, remarks=None):
     if bad:
         say("\n".join([f"warning: {len(bad)} files cannot be read and are left out:",
                        *(f"  {name}: {reason}" for name, reason in bad.items())]))
+
+
+def say_classes(data):
+    """Prints the classes of an ImageSet that are learned, and what of it may be no class, or be in two."""
+    say(_counts("classes", map(repr, data.classes)))
+    if empty := folders_without_images(data.folder, data.classes):
+        say(f"note: no images of their own, so no classes: {listed(map(repr, empty))}")
+    if data.in_two_classes:
+        same = listed(f"{name} as {other}" for name, other in data.in_two_classes.items())
+        say(f"note: the same picture in two classes: {same}")
 
 
 def say_what_would_suit(data, channels):
@@ -78,6 +95,7 @@ def report(folder, config, files):
     lines = [
         f"{folder}: {len(files)} images, {len(files) - len(good)} of them cannot be read",
         _counts("class", (class_of(facts) or "no class" for facts in good)),
+        _listing("no images of their own: ", [*map(repr, folders_without_images(folder, map(class_of, good)))], ", "),
         _counts("width x height", (f"{facts.width} x {facts.height}" for facts in good)),
         _counts("mode", (facts.mode for facts in good)),
         *(_shapes(good, height, width) if good else ()),

@@ -44,6 +44,7 @@ from video_frames import VIDEO_EXTENSIONS, is_film, open_film, sampled
 CACHE_VERSION = 3
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 PARTS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}  # names of folders that are no classes
+HIDDEN = (".", "__MACOSX", "@eaDir")  # beginnings of the names of folders that are not entered
 CHUNK = 512  # files decoded together
 VIDEO_FPS = 2  # images per second of a film, where nothing else is asked for
 STILL = 4  # of 255: the largest change of any 64th of a frame that is nearly the same as the one before
@@ -64,6 +65,7 @@ class ImageSet(NamedTuple):
     num_grey: int = 0  # images without colours, where C is 3 or 4
     num_transparent: int = 0  # images with transparent parts
     remarks: dict = {}  # name of a film to what a person should know about it
+    in_two_classes: dict = {}  # name of an image to that of the same one in another class
 
 
 class FileFacts(NamedTuple):
@@ -160,7 +162,7 @@ def _walk(found):
             folders.clear()
             continue
         entered.add(real)
-        hidden = [name for name in folders if name.startswith((".", "__MACOSX", "@eaDir"))]
+        hidden = [name for name in folders if name.startswith(HIDDEN)]
         found.passed_over.update(["hidden folder(s)"] * len(hidden))
         folders[:] = sorted(set(folders) - set(hidden))
         yield parent, files
@@ -211,7 +213,7 @@ def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, re
         images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *cache.shape)
     return ImageSet(images, found.source, Counter(facts["classes"]), bad, found.passed_over, tuple(facts["classes"]),
                     facts["digest"], resize_mode, facts["levels"], facts["num_grey"], facts["num_transparent"],
-                    facts.get("remarks", {}))
+                    facts.get("remarks", {}), facts.get("in_two_classes", {}))
 
 
 def decode_folder(folder, image_size, *, cache_dir, channels=3, resize_mode="crop", video_fps=None):
@@ -371,13 +373,17 @@ class _Cache:
 
     def _write_facts(self, files, common, levels):
         good = [facts for facts in files if not facts.fault]
-        classes = [class_of(facts) for facts in good]
+        classes, first = [class_of(facts) for facts in good], {}
+        for own, of in zip(good, classes, strict=True):
+            first.setdefault(own.digest, (own.name, of))
         digest = hashlib.blake2b(repr([self.shape, [facts.digest for facts in good]]).encode(), digest_size=16).hexdigest()
         facts = {"bad": {facts.name: facts.fault for facts in files if facts.fault},
                  "passing": [facts.name for facts in files if facts.passing], "classes": classes, "digest": digest,
                  "common_levels": common, "levels": levels, "num_grey": sum(facts.grey for facts in good),
                  "num_transparent": sum(facts.transparent for facts in good),
-                 "remarks": {facts.film: facts.remark for facts in good if facts.remark}}
+                 "remarks": {facts.film: facts.remark for facts in good if facts.remark},
+                 "in_two_classes": {own.name: first[own.digest][0] for own, of in zip(good, classes, strict=True)
+                                    if of != first[own.digest][1]}}
         with atomic_write(self.path.with_suffix(".json")) as file:
             file.write(json.dumps(facts).encode())
 
@@ -433,6 +439,18 @@ def class_labels(data):
         raise DataError(f"--class-conditional: needs a folder for each class, {data.folder} has {what}")
     numbers = {name: number for number, name in enumerate(names)}
     return names, torch.tensor([numbers[name] for name in data.classes])
+
+
+def folders_without_images(folder, classes):
+    """Returns the names of folders directly below `folder` that hold no images, or only those of another, as links do.
+
+    Args:
+        classes: ImageSet.classes.
+    """
+    if not os.path.isdir(folder):
+        return []
+    names = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(HIDDEN)}
+    return sorted(names - set(classes))
 
 
 def batch_indices(num_images, position, batch_size, *, seed):

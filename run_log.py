@@ -14,7 +14,7 @@ import distributed
 from checkpointing import class_names_for_file, preparation_for_file, save_checkpoint, save_generator
 from config import option_name
 from console import say
-from data_report import say_what_is_left_out, say_what_would_suit
+from data_report import say_classes, say_what_is_left_out, say_what_would_suit
 from devices import is_out_of_memory
 from growth import averaged_to, time_steps
 from image_data import as_float_images, batch_indices, evenly_spaced
@@ -101,7 +101,9 @@ class RunLog:
             f"run     {self.out}, steps {self.step} to {self.total_steps} of {self.images_per_step} images")
         say_what_is_left_out(data.skipped, data.passed_over, data.remarks)
         say_what_would_suit(data, config.channels)
-        if len(set(data.classes)) > 1 and not config.class_conditional and not self.step:
+        if self.class_names:
+            say_classes(data)
+        elif len(set(data.classes)) > 1 and not self.step:
             say("note: class folders are not learned as classes; --class-conditional does that")
         if len(data.images) != self.num_images_before:
             say(f"warning: the folder had {self.num_images_before} images, has {len(data.images)} from here on")

@@ -84,12 +84,13 @@ def test_a_class_is_found_by_its_name(asked, found):
 
 
 @pytest.mark.parametrize(("asked", "said"), [
+    ("CAFÉ", r"--class: 'CAFÉ' may be 'Caf\xe9' or 'Cafe\u0301'"),
     ("SHOES", "--class: 'SHOES' may be 'Shoes' or 'shoes'"),
     ("shirt", "--class: there is no class 'shirt'; there are 'skirt'"),
     ("0", "--class: there is no class '0'; there are '7'")])
 def test_a_name_that_does_not_fit_one_class_is_refused_with_the_nearest(asked, said):
     with pytest.raises(DataError) as error:
-        find_class(asked, ["7", "Shoes", "shoes", "skirt"])
+        find_class(asked, ["7", "Caf\u00e9", "Cafe\u0301", "Shoes", "shoes", "skirt"])
     assert str(error.value).startswith(said)
 
 

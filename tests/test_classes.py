@@ -198,6 +198,24 @@ def test_a_run_without_the_option_says_nothing_of_classes_but_that_they_are_unus
         train(colours, steps=3, class_conditional=False, resume=str(newest_path("runs/images-2")), out="new")
 
 
+def test_the_start_names_the_classes_and_what_is_none_and_pictures_of_two(colours, capfd):
+    (colours / "nothing").mkdir()
+    (colours / ".hidden").mkdir()
+    (colours / "copy").symlink_to("blue")
+    (colours / "unreadable").mkdir()
+    (colours / "unreadable" / "a.png").write_text("broken")
+    (colours / "red" / "0.png").symlink_to(colours / "blue" / "0.png")
+    lines = ("'red' (5), 'blue' (4), 'green' (4)", "'copy', 'nothing', 'unreadable'", "red/0.png as blue/0.png")
+    train(colours, steps=1)
+    said = capfd.readouterr().out
+    assert f"\nclasses: {lines[0]}\nnote: no images of their own, so no classes: {lines[1]}\n" in said
+    assert f"\nnote: the same picture in two classes: {lines[2]}\n" in said
+    train(colours, steps=2)  # from the cache
+    assert all(line in capfd.readouterr().out for line in lines[2:])
+    train(colours, check_data=True)
+    assert f"\nno images of their own: {lines[1]}\n" in capfd.readouterr().out
+
+
 def newest_path(run):
     return max(pathlib.Path(run, "checkpoints").glob("step_*.pt"))
 

@@ -65,6 +65,11 @@ def test_one_image_repeated_has_no_diversity(drawn):
     assert diversity(torch.tensor([[0.0, 0.0], [3.0, 4.0]])) == pytest.approx(5 / 2**0.5)
 
 
+def test_the_diversity_of_many_images_is_that_of_some_of_all_parts():
+    many = torch.cat([torch.zeros(6_000, 3), torch.rand(6_000, 3, generator=torch.Generator().manual_seed(0))])
+    assert diversity(many) == pytest.approx(torch.pdist(many).mean().item() / 3**0.5, rel=0.02)
+
+
 def test_copies_are_at_no_distance_from_the_training_images_and_new_ones_are(drawn):
     known, new = map(thumbnails, drawn)
     assert nearest_distance(known[:20], known) < 1e-3
