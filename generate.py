@@ -34,8 +34,9 @@ from image_files import DataError
 from latent_paths import decode_each, encode_film, encode_photo, frames_of, images_of, steady_film, steady_loop, walk
 from pictures import PictureError, alpha_picture, enlarge, grid, save_picture
 from randomness import drawn_labels, latent_noise
+from safe_files import check_writable
 from synthetic_video import synthetic_video
-from video_files import CLIP_FORMATS, FASTEST_GIF, pyav_fault, save_clip
+from video_files import CLIP_FORMATS, FASTEST_GIF, check_clip, even_ends, pyav_fault, save_clip
 from video_frames import VIDEO_EXTENSIONS
 
 MANY = 256  # images, after which the faster layer has made up for the time that its preparation takes
@@ -291,12 +292,17 @@ def _film(vae, options):
         raise GenerateError(f"--video: {length} frames cannot go through {-(-len(z) // columns)} images; a longer film can")
     if columns * length >= MANY:
         use_fast_output_layers(vae, report=say)
+
+    def frame(row):
+        row = _enlarged(row, options)
+        return grid(row, columns=math.ceil(math.sqrt(columns))) if options.grid else row[0]
+
+    # Before the images of the path are made, which takes a while.
+    check_clip(_path(name, options), frame(torch.zeros(columns, *vae.image_shape)).shape, even_ends(length, _rate(options)))
     paths = [steady_loop(vae, keys, length, seed=options.seed, index=index)
              for index, keys in enumerate(z.tensor_split(columns))]
     images = images_of(vae, torch.stack(paths, dim=1).flatten(0, 1), leave=True)
-    rows = (torch.stack(list(itertools.islice(images, columns))) for _ in range(length))
-    rows = (_enlarged(row, options) for row in rows)
-    frames = (grid(row, columns=math.ceil(math.sqrt(columns))) if options.grid else row[0] for row in rows)
+    frames = (frame(torch.stack(list(itertools.islice(images, columns)))) for _ in range(length))
     return _save(frames, length, name, options)
 
 
@@ -311,6 +317,7 @@ def _reconstructed(vae, options):
             raise DataError(f"{source}: no such file")
         folder, found = (source.resolve(), find_files(source)) if source.is_dir() else (source.parent, [source])
         files += [(file, "-".join([*file.relative_to(folder).parts[:-1], _stem(file)])) for file in found]
+    check_writable(options.out)
     for file, name in files:
         numbered = (f"{name}-{number}" for number in itertools.count(2))
         name = next(new for new in itertools.chain([name], numbered) if new not in names)
@@ -343,6 +350,9 @@ def _reconstructed_film(vae, file, name, options):
 
 def _encoded(vae, photos):
     """Returns the latent vectors (K, Z) of photos; says which are far longer than those of noise."""
+    for photo in photos:
+        if pathlib.Path(photo).suffix.lower() in VIDEO_EXTENSIONS:
+            raise GenerateError(f"{photo} is a film, a photo is needed; --reconstruct takes films")
     z = torch.cat([encode_photo(vae, photo) for photo in photos])
     for photo, length in zip(photos, (torch.linalg.vector_norm(z, dim=1) / math.sqrt(vae.latent_dim)).tolist(), strict=True):
         if length > LONG:
@@ -352,7 +362,8 @@ def _encoded(vae, photos):
 
 
 def _stem(photo):
-    return pathlib.Path(photo).stem[:40]  # a file name has room for 255 bytes
+    stem = pathlib.Path(photo).stem[:40]  # a file name has room for 255 bytes
+    return "".join(char if char.isprintable() else "_" for char in stem)
 
 
 def _save_alpha_maps(vae, z, name, options):
@@ -372,6 +383,11 @@ def _ending(options, *, film):
     return options.format or ("mp4" if film else "webp")
 
 
+def _path(name, options, *, film=False):
+    """Of a clip, by default an MP4 where it is a film that was read."""
+    return pathlib.Path(options.out, f"{name}.{_ending(options, film=film)}")
+
+
 def _rate(options):
     return options.fps or (CLIP_RATE if options.video is None else FILM_RATE)
 
@@ -383,7 +399,7 @@ def _save(frames, length, name, options, *, ends=None, sound=None):
         ends, sound: as for video_files.save_clip, for films of --reconstruct.
     """
     is_clip = length > 1 or options.video is not None or ends
-    path = pathlib.Path(options.out, f"{name}.{_ending(options, film=bool(ends)) if is_clip else 'png'}")
+    path = _path(name, options, film=bool(ends)) if is_clip else pathlib.Path(options.out, f"{name}.png")
     if not is_clip:
         save_picture(next(iter(frames)), path)
         return path

@@ -3,6 +3,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import tempfile
 
 from filelock import FileLock, Timeout
 
@@ -29,6 +30,20 @@ def atomic_write(path, *, bytes_needed=None):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder):
+    """Tries to write to a folder or, where it is missing, to the one that it would be made in.
+
+    Raises:
+        OSError: as atomic_write.
+    """
+    folder = pathlib.Path(folder).absolute()
+    try:
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
+            pass
+    except OSError as error:
+        raise _not_written(folder, error) from error
 
 
 def append_line(path, text):

@@ -10,7 +10,7 @@ import pathlib
 from fractions import Fraction
 
 from pictures import PictureError, as_rgb, to_pil
-from safe_files import atomic_write, free_bytes
+from safe_files import atomic_write, check_writable, free_bytes
 
 CLIP_FORMATS = {"webp": (1, 16_383), "gif": (1, 65_535), "mp4": (2, 16_384)}  # with the sides in pixels they can have
 FASTEST_GIF = 50  # frames per second: players show shorter delays than 0.02 s as 0.1 s
@@ -59,13 +59,37 @@ def save_clip(frames, path, *, frames_per_second=None, num_frames=None, ends=Non
         OSError: no room on the disk, for example; what is finished of an MP4 stays in NAME.part.mp4.
     """
     if ends is None:
-        ends = [Fraction(index + 1, frames_per_second) for index in range(num_frames or len(frames))]
+        ends = even_ends(num_frames or len(frames), frames_per_second)
     path, frames = pathlib.Path(path), iter(frames)
     first = next(frames, None)
     if first is None:
         return 0
+    check_clip(path, first.shape, ends)
+    ending, (height, width) = path.suffix[1:], first.shape[-2:]
+    images = (to_pil(picture if ending == "webp" else as_rgb(picture)) for picture in itertools.chain([first], frames))
+    if ending == "mp4":
+        return _save_mp4(images, path, ends, (width - width % 2, height - height % 2), sound)
+    return _save_in_one(images, path, ends)
+
+
+def even_ends(num_frames, frames_per_second):
+    """Returns when each frame ends, in seconds (Fraction), where all last equally long."""
+    return [Fraction(index + 1, frames_per_second) for index in range(num_frames)]
+
+
+def check_clip(path, shape, ends):
+    """Finds out before there are frames whether save_clip can write them.
+
+    Args:
+        path, ends: as for save_clip.
+        shape: of the frames, (C, H, W).
+
+    Raises:
+        PictureError, OSError: as save_clip.
+    """
+    path = pathlib.Path(path)
+    channels, height, width = shape
     ending = path.suffix[1:]
-    height, width = first.shape[-2:]
     least, most = CLIP_FORMATS[ending]
     if min(height, width) < least or max(height, width) > most:
         raise PictureError(f"{path}: frames of {width} x {height} pixels cannot be written, only sides of {least} to "
@@ -73,14 +97,11 @@ def save_clip(frames, path, *, frames_per_second=None, num_frames=None, ends=Non
     if ending == "gif" and (rate := len(ends) / ends[-1]) > FASTEST_GIF:
         raise PictureError(f"{path}: {float(rate):.4g} frames per second, and players show more than {FASTEST_GIF} of a GIF "
                            "wrongly; --format mp4 can have them")
-    channels = len(first) if ending == "webp" else 3
+    channels = channels if ending == "webp" else 3
     if ending != "mp4" and (num_bytes := len(ends) * channels * height * width) > LARGEST_IN_MEMORY:
         raise PictureError(f"{path}: {len(ends)} frames of {width} x {height} pixels are {num_bytes / 2**30:.1f} GiB, and "
                            f"{ending} needs all of them in memory; --format mp4 does not")
-    images = (to_pil(picture if ending == "webp" else as_rgb(picture)) for picture in itertools.chain([first], frames))
-    if ending == "mp4":
-        return _save_mp4(images, path, ends, (width - width % 2, height - height % 2), sound)
-    return _save_in_one(images, path, ends)
+    check_writable(path.parent)
 
 
 def _save_in_one(images, path, ends):

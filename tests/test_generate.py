@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import generate
 import latent_paths
 import training
+import video_files
 from checkpointing import load_checkpoint, load_generator, save_checkpoint
 from config import Config
 from demo_images import draw_shape
@@ -368,16 +369,16 @@ def test_a_film_is_reconstructed_in_other_formats_too(checkpoint, tmp_path, endi
 
 
 def test_files_of_one_name_do_not_replace_each_other_and_broken_ones_are_left_out(checkpoint, tmp_path, capfd):
-    for name in ("set/a.png", "set/a.jpg", "set/x/a.png", "other/a.png"):
+    for name in ("set/a.png", "set/a.jpg", "set/x/a.png", "other/a.png", "other/line\nbreak.png"):
         save_picture(tmp_path / name)
     (tmp_path / "set" / "b.mp4").write_text("broken")
     (tmp_path / "set" / "c.png").write_text("broken")
     assert generate.main([str(checkpoint), "--reconstruct", "set", "other"]) == 0
     assert written() == ["a-2-reconstruction.png", "a-3-reconstruction.png", "a-reconstruction.png",
-                         "x-a-reconstruction.png"]
+                         "line_break-reconstruction.png", "x-a-reconstruction.png"]
     out = capfd.readouterr().out
     assert out.count("; it is left out\n") == 2
-    assert out.endswith("and 3 more\n")
+    assert out.endswith("and 4 more\n")
     assert generate.main([str(checkpoint), "--reconstruct", "set", "nosuch.png", "--out", "new"]) == 2
     assert generate.main([str(checkpoint), "--reconstruct", "set/b.mp4", "set/c.png", "--out", "new"]) == 2
     assert capfd.readouterr().err == "nosuch.png: no such file\n--reconstruct: none of the files can be read\n"
@@ -398,6 +399,22 @@ def test_what_is_no_film_or_photo_is_said_before_anything_is_written(checkpoint,
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("a.mp4: no film of a kind that is read here")
     assert not pathlib.Path("generated").exists()
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--video", "9000"], "generated/seed0-film.webp: 270000 frames of 32 x 32 pixels are 0.8 GiB"),
+    (["--video", "4", "--size", "4096", "--grid", "--num-images", "25"], "only sides of 1 to 16383"),
+    (["--video", "4", "--out", "a.png/films"], "a.png/films could not be written: "),
+    (["--reconstruct", "a.png", "--out", "a.png"], "a.png could not be written: "),
+    (["--video", "4", "--keyframes", "a.png", "film.MOV"], "film.MOV is a film, a photo is needed; --reconstruct"),
+])
+def test_what_cannot_be_written_is_said_before_images_are_made(checkpoint, monkeypatch, capfd, arguments, said):
+    save_picture("a.png")
+    monkeypatch.setattr(video_files, "LARGEST_IN_MEMORY", 800_000_000)
+    monkeypatch.setattr(VAE, "decode_parts", None)
+    assert generate.main([str(checkpoint), *arguments]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_alpha_maps_are_of_the_images_of_the_seed(checkpoint):

@@ -45,7 +45,7 @@ MAY_IMPORT = {
                  "distributed", "fast_paths", "growth", "image_data", "randomness", "resuming", "run_log", "wgan_gp"},
     "generate": {"torch", "torchvision", "PIL", "tqdm", "checkpointing", "class_gaussians", "config", "console",
                  "data_report", "devices", "fast_paths", "film_sound", "image_data", "image_files", "latent_paths",
-                 "pictures", "randomness", "synthetic_video", "video_files", "video_frames"},
+                 "pictures", "randomness", "safe_files", "synthetic_video", "video_files", "video_frames"},
     "evaluate": {"torch", "tqdm", "checkpointing", "config", "console", "devices", "image_data", "image_metrics",
                  "image_sizes", "pictures", "randomness"},
 }
