@@ -8,7 +8,9 @@ import typing
 
 from image_sizes import CHANNELS, RESIZE_MODES, SHORTER_SIDES, height_and_width, plain_size
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda", "mps", *(f"cuda:{number}" for number in range(16)))
+DEVICE = "auto|cpu|cuda|cuda:1|mps"
+PATHS = ("DIR", "FILE", "DIR|FILM", "PATH", "PHOTO", ("PHOTO", "PHOTO"))  # metavars of what "~" is the home directory in
 KINDS = {tuple: "a size", bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
@@ -26,13 +28,12 @@ class Settings:
     """What a program can be told. Subclasses are frozen dataclasses of options; `--base-channels` is `base_channels`."""
 
     def __post_init__(self):
-        """Turns paths and NumPy scalars into plain values, which are what files hold."""
+        """Turns paths and NumPy scalars into plain values, which are what files hold, and "~" into the home directory."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, field.name, os.fspath(value))
-            elif type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
-                object.__setattr__(self, field.name, value.item())
+            several = isinstance(value, list | tuple) and _kind(field) is list
+            plain = [_plain(one, field) for one in value] if several else _plain(value, field)
+            object.__setattr__(self, field.name, plain)
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
@@ -50,7 +51,8 @@ class Settings:
             elif not isinstance(value, (int, float) if kind is float else kind):
                 faults.append(f"{name}: must be {KINDS[kind]}, got {value!r}")
             elif rule["choices"] and value not in rule["choices"]:
-                faults.append(f"{name}: must be one of {', '.join(map(str, rule['choices']))}, got {value}")
+                shown = (rule["metavar"] or "|".join(map(str, rule["choices"]))).replace("|", ", ")
+                faults.append(f"{name}: must be one of {shown}, got {value}")
             # Written so that NaN fails too.
             elif rule["minimum"] is not None and not rule["minimum"] <= value < float("inf"):
                 faults.append(f"{name}: must be at least {rule['minimum']}, got {value}")
@@ -64,6 +66,14 @@ class Settings:
         """Raises one ValueError with all faults, a line each."""
         if faults := self.faults():
             raise ValueError("\n".join(faults))
+
+
+def _plain(value, field):
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    return os.path.expanduser(value) if isinstance(value, str) and field.metadata["metavar"] in PATHS else value
 
 
 def missing_package(asked, option, module, package):
@@ -108,7 +118,7 @@ class Config(Settings):
     fresh: bool = option(False, "run", "start anew in a numbered run folder rather than continue")
     dry_run: bool = option(False, "run", "show what would be trained, run one step, leave no run folder")
     seed: int = option(0, "run", "of the initial weights, the order of the images and all noise", metavar="N", minimum=0)
-    device: str = option("auto", "run", "where to train", choices=DEVICES)
+    device: str = option("auto", "run", "where to train", choices=DEVICES, metavar=DEVICE)
     precision: str = option("auto", "run", "of convolutions and matrix products; auto: bfloat16 where the device is fast "
                                            "at it", choices=("auto", "float32", "bfloat16"))
     compile: str = option("auto", "run", "auto: on CUDA, each update as one captured graph; on: torch.compile as well, "

@@ -45,7 +45,8 @@ def program_output():
     for name in ("stdout", "stderr"):  # where a shell has closed one, the next file opened would take its place
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # that of a notebook, or of contextlib.redirect_stdout, has not
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     with stop_signals(lambda number, frame: sys.exit(128 + number)):
         yield
     try:

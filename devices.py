@@ -14,8 +14,12 @@ class DeviceError(ValueError):
     """There is no such device here; the message says which there are."""
 
 
-def pick_device(name):
-    """Returns the torch.device of a name in config.DEVICES; "auto" takes the fastest kind available.
+def pick_device(name, *, local_rank=0):
+    """Returns the torch.device of a name in config.DEVICES, or of one GPU, such as cuda:1; "auto" takes the fastest kind.
+
+    Args:
+        name: cuda without a number is GPU number local_rank.
+        local_rank: of this process among those on this machine.
 
     Raises:
         DeviceError: not available.
@@ -23,10 +27,18 @@ def pick_device(name):
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    elif not available[name]:
+    kind, _, number = name.partition(":")
+    if not available[kind]:
         names = ", ".join(kind for kind in available if available[kind])
-        raise DeviceError(f"--device: {name} is not available here; there is {names}")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        built = "" if kind != "cuda" or torch.version.cuda else (
+            ": this torch is built without it; https://pytorch.org/get-started says how to install one that has it")
+        raise DeviceError(f"--device: {kind} is not available here{built}; there is {names}")
+    if kind != "cuda":
+        return torch.device(kind)
+    number = int(number or local_rank)
+    if number >= torch.cuda.device_count():
+        raise DeviceError(f"--device: there is no cuda:{number}; there are {torch.cuda.device_count()}, one for a process")
+    return torch.device("cuda", number)
 
 
 def pick_precision(device):
@@ -160,16 +172,23 @@ def _places(num_threads):
     """Returns a set of CPUs for each thread of this process; an empty list unless the run has as many threads as cores."""
     if not hasattr(os, "sched_setaffinity"):
         return []
-    start = int(os.environ.get("LOCAL_RANK", 0)) * num_threads
+    local_rank, local_size = (_number_in_environment(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    start = (local_rank or 0) * num_threads
     cpus = sorted(os.sched_getaffinity(0))
     cores = {}
     for cpu in cpus:
         siblings = pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.setdefault(siblings.read_text() if siblings.exists() else cpu, set()).add(cpu)
     for places in (list(cores.values()), [{cpu} for cpu in cpus]):
-        if len(places) == num_threads * int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        if len(places) == num_threads * (local_size or 1):
             return places[start:start + num_threads]
     return []
+
+
+def _number_in_environment(name):
+    """The whole number that a variable holds, None where it holds none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else None
 
 
 def keep_freed_memory():

@@ -7,11 +7,20 @@ nothing.
 import contextlib
 import datetime
 import os
+import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(days=1)  # the others wait while rank 0 decodes a large folder; torchrun ends them if it fails
+VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+SAID_EVERY, LOOKED_EVERY = 30, 0.05  # seconds, while others are waited for
+
+
+class LaunchError(EnvironmentError):
+    """The variables that tell a process about the others of its run are not a whole set; the message says which are not."""
 
 
 class RankZeroError(RuntimeError):
@@ -19,15 +28,65 @@ class RankZeroError(RuntimeError):
 
 
 def start(device):
-    """Joins the processes that torchrun has started, if it has."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _is_initialized():
+    """Joins the processes that torchrun has started, if it has.
+
+    Raises:
+        LaunchError: its variables are not all there, or are not such numbers.
+    """
+    if _is_initialized() or not _one_of_several():
+        return
+    failed = []
+
+    def join():
         from torch.distributed.rendezvous import rendezvous  # which builds of torch without torch.distributed do not have
 
-        store, own_rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        # torchrun keeps the store when it restarts the processes, and in it the addresses of those that are gone.
-        store = dist.PrefixStore(f"attempt {num_restarts()}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, store=store,
-                                rank=own_rank, world_size=size)
+        try:
+            store, own_rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            # torchrun keeps the store when it restarts the processes, and in it the addresses of those that are gone.
+            store = dist.PrefixStore(f"attempt {num_restarts()}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, store=store,
+                                    rank=own_rank, world_size=size)
+        except BaseException as error:  # to be raised where the thread is waited for
+            failed.append(error)
+
+    # In another thread, because a signal is not seen while torch waits.
+    joining = threading.Thread(target=join, daemon=True)
+    joining.start()
+    _wait_until(lambda: not joining.is_alive(), "for the others of {WORLD_SIZE} processes, at "
+                "{MASTER_ADDR}:{MASTER_PORT} (unset WORLD_SIZE to train alone)".format(**os.environ))
+    if failed:
+        raise failed[0]
+
+
+def local_rank():
+    """Returns the number of this process among those of the run on this machine. Raises as start."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if _one_of_several() else 0
+
+
+def _one_of_several():
+    """Whether the environment makes this process one of several. Raises as start."""
+    values = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    try:
+        size, own_rank = int(values.get("WORLD_SIZE", 1)), int(values.get("RANK", 0))
+    except ValueError:
+        size, own_rank = 0, 0
+    if (size, own_rank) == (1, 0):
+        return False
+    if len(values) < len(VARIABLES) or not 0 <= own_rank < size or not values["MASTER_PORT"].isdecimal():
+        shown = ", ".join(f"{name} {values.get(name, 'not set')}" for name in VARIABLES)
+        raise LaunchError(f"the environment says that this process is one of several, but not how: {shown}. torchrun sets "
+                          "all of them; unset them to train in one process")
+    return True
+
+
+def _wait_until(done, what):
+    """Waits until done() is true, and says so every half minute. Signals are seen."""
+    started = said = time.monotonic()
+    while not done():
+        time.sleep(LOOKED_EVERY)
+        if time.monotonic() - said >= SAID_EVERY:
+            said = time.monotonic()
+            print(f"waiting for {said - started:.0f} s {what}", file=sys.stderr, flush=True)
 
 
 def stop():
@@ -60,7 +119,11 @@ def rank_zero_first():
         RankZeroError: on the other ranks, if rank 0 has left the block with an error.
     """
     if rank() > 0:
-        if all_reduce_max(0):
+        failed = torch.tensor(0)
+        work = dist.all_reduce(failed, dist.ReduceOp.MAX, async_op=True)
+        _wait_until(work.is_completed, "for process 0, which prepares the images and the run folder")
+        work.wait()  # raises where it is gone
+        if failed:
             raise RankZeroError
         yield
         return

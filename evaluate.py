@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import image_metrics
 from checkpointing import CheckpointError, load_generator, preparation_of
-from config import DEVICES, Settings, add_options, missing_package, option, source_and_options
+from config import DEVICE, DEVICES, Settings, add_options, missing_package, option, source_and_options
 from console import listed, print_error, program_output, say
 from devices import DeviceError, limit_threads, pick_device
 from image_data import DataError, as_float_images, load_images
@@ -27,7 +27,6 @@ MOST_PATCHES = 2**16  # of a half at each scale: with more than 1,024 images in 
 CLASS_WITH_PATCHES = 200  # images of a class, from which its patches are compared and it stands in the table
 FEWEST_GENERATED = 16  # images of a class, however few real ones it has
 MINIMUM_IMAGES = 4  # two halves of two
-ALARM = 0.5  # of what real images have: less diversity is a collapse, less distance to training images is copying
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class Options(Settings):
     json: bool = option(False, "how", "print one line of JSON instead of a table")
     skip_bad: bool = option(False, "how", "go on without the files that cannot be read")
     cache_dir: str = option("cache", "how", "where decoded images are kept", metavar="DIR")
-    device: str = option("auto", "how", "where to compute", choices=DEVICES)
+    device: str = option("auto", "how", "where to compute", choices=DEVICES, metavar=DEVICE)
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""
@@ -216,19 +215,6 @@ def _load(folder, vae, options):
                        video_fps=options.video_fps, **preparation_of(vae))
 
 
-def alarms(metrics):
-    """Returns a line for each metric that shows a failure."""
-    lines = []
-    for name, within in [(None, metrics), *metrics.get("classes", {}).items()]:
-        what = "generated images" if name is None else f"generated images of class {name!r}"
-        help = "" if name is None else "; beginning with a run without classes, --initial-checkpoint, may help"
-        if within.get("diversity", 1) < ALARM * within.get("diversity_real", 0):
-            lines.append(f"collapse: {what} are less than half as different from each other as real ones are{help}")
-        if within["nearest_training_image"] < ALARM * within["nearest_training_image_real"]:
-            lines.append(f"copying: {what} are less than half as far from training images as new real ones are")
-    return lines
-
-
 def table(metrics):
     """Returns the metrics as text, those of generated beside those of real images."""
     lines = [f"{'':32}{'generated':>12}{'real':>12}"]
@@ -245,7 +231,7 @@ def table(metrics):
     for name, within in classes.items():
         lines.append(f"{name:{width}}{within['num_images']:8}" + "".join(
             f"{_mean(within, column, real=False):24.3g}{_mean(within, column, real=True):8.3g}" for column in columns))
-    return "\n".join([*lines, *alarms(metrics)])
+    return "\n".join([*lines, *image_metrics.alarms(metrics)])
 
 
 def _mean(metrics, start, *, real):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from checkpointing import CheckpointError, export_generator, load_generator, preparation_of
 from class_gaussians import class_gaussians, learned_classes
-from config import DEVICES, Settings, add_options, option, option_name, source_and_options
+from config import DEVICE, DEVICES, Settings, add_options, option, option_name, source_and_options
 from console import Interrupt, print_error, program_output, say
 from data_report import say_what_is_left_out
 from devices import DeviceError, keep_freed_memory, limit_threads, pick_device
@@ -95,7 +95,7 @@ class Options(Settings):
                                              "else webp)", choices=tuple(CLIP_FORMATS))
     out: str = option("generated", "how", "folder to write to", metavar="DIR")
     cache_dir: str = option("cache", "how", "where decoded images of --data are kept", metavar="DIR")
-    device: str = option("auto", "how", "where to compute", choices=DEVICES)
+    device: str = option("auto", "how", "where to compute", choices=DEVICES, metavar=DEVICE)
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""

@@ -37,7 +37,7 @@ from image_files import (
 )
 from image_sizes import CHANNELS, as_pair, size_text
 from randomness import random_generator
-from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
+from safe_files import atomic_write, free_bytes, lock_folder, lock_of, remove_temporary_files, too_few
 from video_files import pyav_fault
 from video_frames import VIDEO_EXTENSIONS, is_film, open_film, sampled
 
@@ -292,7 +292,8 @@ class _Cache:
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            waiting = f"waiting: another process is decoding images into {folder}"
+            waiting = (f"waiting: another process is decoding images into {folder}; if there is none on any machine, remove "
+                       f"{lock_of(folder)}")
             with lock_folder(folder, busy=lambda: tqdm.write(waiting)):
                 remove_temporary_files(folder, "*px-*")
                 yield
@@ -303,7 +304,7 @@ class _Cache:
         """Decodes all files; returns the FileFacts of each picture and frame."""
         paths, size = self.found.paths, _num_bytes(self.shape)
         needed, free = len(paths) * size, free_bytes(self.path.parent)
-        if needed > free:
+        if too_few(free, needed):
             raise DataError(f"the cache of {len(paths)} images at {size_text(self.shape[1:])} px needs {needed:,} bytes in "
                             f"{self.path.parent}, {free:,} are free; --cache-dir names another place")
         files, paths_of_files = [], []

@@ -16,6 +16,7 @@ DIRECTIONS, DIRECTIONS_AT_A_TIME = 512, 64
 KID_SUBSET = 1_000  # images, as is usual, or as many as there are
 CHUNK = 1_000  # images compared at a time
 MOST_PAIRED = 4_000  # images of which each is compared with each
+ALARM = 0.5  # of what real images have: less diversity is a collapse, less distance to training images is copying
 THUMBNAIL = 16  # pixels a side; whole images are compared at this size, without their texture
 
 
@@ -109,6 +110,19 @@ def _nearest(small, others, rank):
     for part in others.split(CHUNK):
         nearest = torch.cat([nearest, torch.cdist(small, part)], dim=1).topk(rank, dim=1, largest=False).values
     return nearest.amax(dim=1)
+
+
+def alarms(metrics):
+    """Returns a line for each of the metrics of evaluate.evaluate, or some of them, that shows a failure."""
+    lines = []
+    for name, within in [(None, metrics), *metrics.get("classes", {}).items()]:
+        what = "generated images" if name is None else f"generated images of class {name!r}"
+        help = "" if name is None else "; beginning with a run without classes, --initial-checkpoint, may help"
+        if within.get("diversity", 1) < ALARM * within.get("diversity_real", 0):
+            lines.append(f"collapse: {what} are less than half as different from each other as real ones are{help}")
+        if within["nearest_training_image"] < ALARM * within["nearest_training_image_real"]:
+            lines.append(f"copying: {what} are less than half as far from training images as new real ones are")
+    return lines
 
 
 def reconstruction_errors(vae, images):

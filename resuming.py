@@ -30,7 +30,7 @@ from devices import pick_precision
 from growth import growth_of
 from image_data import class_labels
 from image_sizes import plain_size, size_text
-from safe_files import atomic_write, free_bytes, lock_folder, remove_temporary_files
+from safe_files import atomic_write, free_bytes, lock_folder, lock_of, remove_temporary_files, too_few
 
 RUN_KEYS = {"data", "seed", "image_size", "critic_steps"}  # no other program's config.json has all of them
 MAY_CHANGE = {"out", "steps", "epochs", "resume", "fresh", "dry_run", "check_data", "skip_bad", "device", "compile",
@@ -260,9 +260,8 @@ def open_run_folder(folder, config, *, step, last_logged, checkpoints, bytes_nee
             has trained there since.
     """
     bytes_needed -= sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
-    if bytes_needed > free_bytes(folder):
-        raise RunFolderError(
-            f"--out: the checkpoints need {bytes_needed:,} bytes in {folder}, {free_bytes(folder):,} are free")
+    if too_few(free := free_bytes(folder), bytes_needed):
+        raise RunFolderError(f"--out: the checkpoints need {bytes_needed:,} bytes in {folder}, {free:,} are free")
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -281,7 +280,8 @@ def open_run_folder(folder, config, *, step, last_logged, checkpoints, bytes_nee
 
 
 def _refuse(folder):
-    raise RunFolderError(f"--out: another process is training in {folder}; wait for it, or start beside it with --fresh")
+    raise RunFolderError(f"--out: another process is training in {folder}; wait for it, or start beside it with --fresh. If "
+                         f"there is none on any machine, remove {lock_of(folder)}")
 
 
 def _lines_up_to(step, last_logged, text):

@@ -85,6 +85,7 @@ class RunLog:
         first = batch_indices(len(data.images), 0, NUM_SAMPLES, seed=config.seed)
         self.reals = as_float_images(data.images, first, torch.device("cpu"))
         self.tensorboard = None
+        self.unwritten, self.warned = [], set()  # lines of metrics.jsonl; names of what has failed
         self.progress = tqdm(disable=True)
         self.start = self.last_line = time.perf_counter()
 
@@ -157,12 +158,15 @@ class RunLog:
                         last_logged=self.step - len(self.pending), checkpoints=self.checkpoints,
                         bytes_needed=self.gan.state_bytes() * (self.config.keep_checkpoints + 1)))
             if self.is_rank_zero:
-                save_picture(grid(self.reals, columns=COLUMNS), self.out / "reals.png")
+                with self._optional("reals.png"):
+                    save_picture(grid(self.reals, columns=COLUMNS), self.out / "reals.png")
                 if self.config.tensorboard:
-                    from torch.utils.tensorboard import SummaryWriter  # an optional package
+                    held.callback(self._close_tensorboard)
+                    with self._optional("TensorBoard"):
+                        from torch.utils.tensorboard import SummaryWriter  # an optional package
 
-                    # What an earlier process wrote after this step is hidden.
-                    self.tensorboard = held.enter_context(SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1))
+                        # What an earlier process wrote after this step is hidden.
+                        self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
             self.progress = held.enter_context(tqdm(
                 total=self.total_steps * self.images_per_step, unit=" images", unit_scale=True, smoothing=0.05,
                 initial=self.step * self.images_per_step, disable=None if self.is_rank_zero else True,
@@ -200,8 +204,8 @@ class RunLog:
         speed = self.steps_since_last_line * self.images_per_step / (time.perf_counter() - self.last_line)
         metrics["images_per_second"] = round(speed, 2)
         size = plain_size(self.gan.sizes[self.gan.side])
-        append_metrics(self.out, {"step": self.step, "images": self.images_seen, "image_size": size, **metrics,
-                                  "elapsed_seconds": round(self._elapsed(), 2)})
+        self._append({"step": self.step, "images": self.images_seen, "image_size": size, **metrics,
+                      "elapsed_seconds": round(self._elapsed(), 2)})
         self._add_to_tensorboard(metrics)
         shown = {short: f"{metrics[name]:.3g}" for short, name in (
             ("W", "wasserstein_distance"), ("GP", "gradient_penalty"), ("rec", "reconstruction")) if name in metrics}
@@ -240,12 +244,19 @@ class RunLog:
     def _elapsed(self):
         return self.elapsed_seconds + time.perf_counter() - self.start
 
-    @torch.no_grad()
     def draw_samples(self):
         """Draws images of fixed noise, reconstructions and alpha, by the averaged generator, and the curves of the log."""
         if not self.is_rank_zero:
             return
         started = time.perf_counter()
+        with self._optional("samples"):
+            self._draw_samples()
+        with self._optional("curves.png"):
+            draw_curves(self.out)
+        self.last_line += time.perf_counter() - started  # drawing is not counted in images per second
+
+    @torch.no_grad()
+    def _draw_samples(self):
         vae, device, batch = self.gan.averaged, self.gan.device, self.config.batch_size
         decoded = [vae.decode_parts(*(part.to(device) for part in parts)) for parts in zip(
             self.noise.split(batch), *(y.split(batch) for y in self.sample_labels), strict=True)]
@@ -258,15 +269,13 @@ class RunLog:
             before, alpha, after = (torch.cat([getattr(part, name).cpu() for part in decoded])[:COLUMNS]
                                     for name in ("before", "alpha", "images"))
             self._draw("alpha_maps", alpha_picture(before, alpha, after, columns=2))
-        draw_curves(self.out)
-        self.last_line += time.perf_counter() - started  # drawing is not counted in images per second
 
     def _draw(self, kind, picture):
         save_picture(picture, self.out / kind / f"step_{self.step:07d}.png")
-        if self.tensorboard:
-            self.tensorboard.add_image(kind, picture, self.step)
+        with self._optional("TensorBoard"):
+            if self.tensorboard:
+                self.tensorboard.add_image(kind, picture, self.step)
 
-    @torch.no_grad()
     def measure(self):
         """Logs the sliced Wasserstein distance between generated and real images; keeps the best generator as best.pt.
 
@@ -275,6 +284,12 @@ class RunLog:
         if not self.is_rank_zero or self.gan.side != self.gan.growth.sides[-1]:
             return
         started = time.perf_counter()
+        with self._optional("measurement"):
+            self._measure()
+        self.last_line += time.perf_counter() - started  # measuring is not counted in images per second
+
+    @torch.no_grad()
+    def _measure(self):
         seed, vae, before = self.config.seed, self.gan.averaged, read_metrics(self.out)
         real = on_white(evenly_spaced(self.data.images, NUM_MEASURED))
         z = latent_noise(seed, range(len(real)), self.config.latent_dim).to(self.gan.device)
@@ -284,17 +299,41 @@ class RunLog:
         places = random_generator(seed, "patches")
         distances = sliced_wasserstein(*(patches(images, generator=places) for images in (real, fake)), generator=places)
         metrics = {"sliced_wasserstein": statistics.mean(distances.values())}
-        append_metrics(self.out, {"step": self.step} | metrics)
+        self._append({"step": self.step} | metrics)
         self._add_to_tensorboard(metrics)
         best = min((line.get("sliced_wasserstein", math.inf) for line in before), default=math.inf)
         if metrics["sliced_wasserstein"] < best:
             state = {"step": self.step} | self._facts() | self.gan.state()
             save_generator(self.out / "checkpoints" / "best.pt", state)
-        self.last_line += time.perf_counter() - started  # measuring is not counted in images per second
 
     def _add_to_tensorboard(self, metrics):
-        for name, value in metrics.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(name, value, self.step)
+        with self._optional("TensorBoard"):
+            for name, value in metrics.items() if self.tensorboard else ():
+                self.tensorboard.add_scalar(name, value, self.step)
+
+    def _close_tensorboard(self):
+        with self._optional("TensorBoard"):
+            if self.tensorboard:
+                self.tensorboard.close()
+
+    def _append(self, metrics):
+        """Appends a line to metrics.jsonl, and those before it that could not be written."""
+        self.unwritten.append(json.dumps(metrics))
+        with self._optional("metrics.jsonl"):
+            append_line(self.out / "metrics.jsonl", "\n".join(self.unwritten))
+            self.unwritten = []
+
+    @contextlib.contextmanager
+    def _optional(self, name):
+        """Runs what training can do without. An error is a warning, the first time; what could not be done is left out."""
+        try:
+            yield
+        except Exception as error:
+            if name not in self.warned:
+                self.warned.add(name)
+                advice = "; a smaller --batch-size needs less" if is_out_of_memory(error) else ""
+                say(f"warning: {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{advice}; "
+                    "training goes on without it")
 
     def save(self):
         """Writes a checkpoint, unless something in it is not finite."""
@@ -348,7 +387,8 @@ class RunLog:
                 self._write_line()  # and keeps what is pending: the line is written anew when the run goes on
             self.keep_step()
             if self.is_due(self.config.sample_every) and self.is_rank_zero:
-                draw_curves(self.out)  # with the line just written
+                with self._optional("curves.png"):
+                    draw_curves(self.out)  # with the line just written
         again = "the same command without --fresh" if self.config.fresh else "the same command"
         if self.step == self.total_steps:
             say(f"done: {self.step} steps; look at {self.out / 'samples' / f'step_{self.step:07d}.png'}")
@@ -361,11 +401,6 @@ class RunLog:
 
 def _text(size):
     return size_text(plain_size(size))
-
-
-def append_metrics(folder, metrics):
-    """Appends a dict of plain values to metrics.jsonl, as one line."""
-    append_line(folder / "metrics.jsonl", json.dumps(metrics))
 
 
 def read_metrics(folder):

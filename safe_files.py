@@ -1,8 +1,10 @@
 """Atomic writes and folder locks."""
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 from filelock import FileLock, Timeout
@@ -47,16 +49,23 @@ def check_writable(folder):
 
 
 def append_line(path, text):
-    """Appends a line of text to a file.
+    """Appends a line of text to a file. Where the system cannot append, the file is written anew with the line.
 
     Raises:
         OSError: as atomic_write.
     """
+    path, line = pathlib.Path(path), (text + "\n").encode()
+    length = path.stat().st_size if path.exists() else 0
     try:
-        with open(path, "a") as file:
-            file.write(text + "\n")
+        with open(path, "ab") as file:
+            file.write(line)
     except OSError as error:
-        raise _not_written(path, error) from error
+        try:
+            before = path.read_bytes()[:length] if length else b""
+            with atomic_write(path) as file:
+                file.write(before + line)
+        except OSError:
+            raise _not_written(path, error) from error
 
 
 def _not_written(path, error, bytes_needed=None):
@@ -73,29 +82,42 @@ def remove_temporary_files(folder, pattern="*"):
 
 @contextlib.contextmanager
 def lock_folder(folder, *, busy):
-    """Locks the folder (folder/.lock). The system releases the lock of a process that dies.
+    """Locks the folder, by the file lock_of(folder). The system releases the lock of a process that dies.
 
     Args:
         busy: called if another process has the lock; unless it raises, that process is waited for.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(lock_of(folder))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         busy()
         lock.acquire()
-    except (OSError, NotImplementedError):
-        pass  # some network file systems have no locks
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        say_once(f"note: {lock_of(folder)} cannot be locked ({error}), so two processes could write there at the same time")
     try:
         yield
     finally:
         lock.release()
 
 
+def lock_of(folder):
+    """Returns the path of the file by which a folder is locked."""
+    return pathlib.Path(folder) / ".lock"
+
+
 def free_bytes(path):
-    """Returns the bytes free on the disk where a path is, or would be."""
+    """Returns the bytes free on the disk where a path is, or would be; 0 also where the system does not tell."""
     path = pathlib.Path(path).absolute()
-    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+    try:
+        return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+    except OSError:
+        return 0
+
+
+def too_few(free, needed):
+    """Whether fewer bytes are free than needed. Some network file systems tell 0, whatever is free: nobody knows."""
+    return 0 < free < needed
 
 
 def _sync_folder(folder):
@@ -103,5 +125,13 @@ def _sync_folder(folder):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:  # SMB, and Windows' disks in WSL
+            say_once(f"note: {folder} cannot be synchronised ({error}): a power failure may take the newest files")
         finally:
             os.close(descriptor)
+
+
+@functools.cache
+def say_once(text):
+    with contextlib.suppress(AttributeError, OSError):  # there is no stderr
+        print(text, file=sys.stderr, flush=True)

@@ -140,7 +140,7 @@ def generator_batch(gan, real, step, images_seen, *labels):
 
 def _prepare(config, data):
     """Finds device, data and run; returns the config as the run uses it, the GAN as it was saved, and the RunLog."""
-    device = pick_device(config.device)
+    device = pick_device(config.device, local_rank=distributed.local_rank())
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes never change, so searching the fastest algorithm once pays

@@ -27,7 +27,7 @@ def test_all_faults_are_reported_at_once_and_by_option_name(capsys):
     assert faults(capsys, "--batch-size", "0", "--steps", "many", "--kl-weight", "nan", "--device", "tpu") == [
         "--data: name a folder of images, or use --demo; one of the two",
         "--steps: must be a whole number, got 'many'",
-        "--device: must be one of auto, cpu, cuda, mps, got tpu",
+        "--device: must be one of auto, cpu, cuda, cuda:1, mps, got tpu",
         "--batch-size: must be at least 1, got 0",
         "--kl-weight: must be at least 0, got nan",
     ]

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 import evaluate
 from checkpointing import load_generator, save_checkpoint
 from demo_images import SHAPES, draw_shape
-from evaluate import Options, alarms
+from evaluate import Options
 from image_data import load_images
 from image_files import decode_image
+from image_metrics import alarms
 from model_definitions import VAE
 
 

@@ -1,0 +1,263 @@
+"""Other people's environments: notebooks, what other programs have left behind, file systems that lack something."""
+import builtins
+import contextlib
+import errno
+import io
+import os
+import pathlib
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, Child, metrics, newest, tiny_arguments, wait_until
+
+import devices
+import distributed
+import evaluate
+import generate
+import run_log
+import safe_files
+import training
+from config import Config
+from generate import Options
+
+RUN = pathlib.Path("runs/images")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet():
+    safe_files.say_once.cache_clear()
+
+
+# Notebooks
+
+
+def test_the_programs_run_where_stdout_is_no_file(image_folder):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert training.main(["--data", str(image_folder), *tiny_arguments(steps=1)]) == 0
+        assert generate.main([str(RUN), "--num-images", "1"]) == 0
+        assert evaluate.main([str(RUN), "--data", str(image_folder), "--num-images", "4"]) == 0
+    assert all(text in said.getvalue() for text in ("done: 1 steps", "wrote generated/seed0-00000.png", "diversity"))
+
+
+def test_a_run_in_a_thread_ends_like_any_other(image_folder):
+    status = []
+    thread = threading.Thread(target=lambda: status.append(
+        training.main(["--data", str(image_folder), *tiny_arguments(steps=2)])))
+    thread.start()
+    thread.join()
+    assert status == [0]
+    assert newest(RUN)["step"] == 2
+
+
+def test_paths_numbers_and_the_home_directory_are_taken_as_python_has_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    config = Config(data=pathlib.Path("~/a"), out="~/b", cache_dir="~", resume=pathlib.Path("~/c"), steps=np.int64(3))
+    assert config.data == str(tmp_path / "a")
+    assert config.out == str(tmp_path / "b")
+    assert config.cache_dir == str(tmp_path)
+    assert config.resume == str(tmp_path / "c")
+    assert config.steps == 3
+    options = Options(keyframes=["~/a.png", pathlib.Path("~/b.png")], export="~/c.pt", class_=["~"], seed=np.int32(2))
+    assert options.keyframes == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert options.export == str(tmp_path / "c.pt")
+    assert options.class_ == ["~"]  # a class may be called so
+    assert options.seed == 2
+    assert evaluate.Options(data="~", held_out="~/h").held_out == str(tmp_path / "h")
+
+
+# What training can do without
+
+
+@pytest.mark.parametrize("broken", ["save_picture", "draw_curves", "patches", "save_generator", "read_metrics"])
+def test_what_is_optional_never_ends_a_run_and_is_said_once(train_tiny, monkeypatch, capfd, broken):
+    def fail(*_, **__):
+        raise PermissionError(errno.EACCES, "used by another process", "x.png")
+
+    monkeypatch.setattr(run_log, broken, fail)
+    run = train_tiny(steps=4, sample_every=1, evaluate_every=1)
+    assert newest(run)["step"] == 4
+    said = [line for line in capfd.readouterr().out.splitlines() if "used by another process" in line]
+    assert len(said) == {"save_picture": 2, "read_metrics": 2}.get(broken, 1)  # reals.png, samples; curves.png, measurement
+    assert all(line.endswith("; training goes on without it") for line in said)
+
+
+def test_a_log_that_is_held_open_gets_its_lines_later(train_tiny, monkeypatch, capfd):
+    append, calls = run_log.append_line, []
+
+    def held(path, text):
+        calls.append(text)
+        if len(calls) < 3:
+            raise OSError("used by another process")
+        append(path, text)
+
+    monkeypatch.setattr(run_log, "append_line", held)
+    run = train_tiny(steps=8)
+    assert [line["step"] for line in metrics(run)] == [2, 4, 6, 8]
+    assert capfd.readouterr().out.count("warning: metrics.jsonl: used by another process") == 1
+
+
+def test_tensorboard_that_breaks_ends_no_run(train_tiny, monkeypatch, capfd):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+
+    class Broken(tensorboard.SummaryWriter):
+        def add_scalar(self, *_, **__):
+            raise TypeError("no")
+
+        def close(self):
+            super().close()
+            raise OSError("full")
+
+    for writer in (None, Broken):
+        monkeypatch.setattr(tensorboard, "SummaryWriter", writer)
+        assert newest(train_tiny(steps=2, tensorboard=True, fresh=True))["step"] == 2
+        assert capfd.readouterr().out.count("warning: TensorBoard: ") == 1
+
+
+@pytest.mark.parametrize("backend", ["module://nowhere", "nonsense"])
+def test_a_backend_of_matplotlib_that_is_not_there_is_no_matter(image_folder, backend):
+    pytest.importorskip("matplotlib")
+    done = subprocess.run([sys.executable, ROOT / "training.py", "--data", image_folder, *tiny_arguments(steps=2)],
+                          env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert newest(RUN)["step"] == 2
+
+
+# Variables left by others
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"}, {"RANK": "1"}, {"WORLD_SIZE": "many"},
+    {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+    {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "tcp"},
+    {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": "29500"}])
+def test_variables_that_are_no_whole_set_are_refused_in_one_line(image_folder, monkeypatch, capfd, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert training.main(["--data", str(image_folder), *tiny_arguments(steps=1)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("the environment says that this process is one of several, but not how: WORLD_SIZE ")
+    assert not RUN.exists()
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "1"}, {"RANK": "0"}, {"MASTER_ADDR": "elsewhere", "MASTER_PORT": "29500"}, {"LOCAL_RANK": "3"},
+    {"LOCAL_RANK": "x", "LOCAL_WORLD_SIZE": "4"}, {"WORLD_SIZE": "", "RANK": ""}])
+def test_variables_that_name_no_others_are_no_matter(train_tiny, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert newest(train_tiny(steps=1))["step"] == 1
+
+
+def alone():
+    os.environ.update(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29577")
+    distributed.SAID_EVERY = 0.2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_for_processes_that_never_come_is_said_and_can_be_interrupted(image_folder, number):
+    child = Child("--data", image_folder, *tiny_arguments(steps=1), first=alone)
+    wait_until(lambda: child.err.exists() and "waiting for " in child.err.read_text())
+    os.kill(child.pid, number)
+    assert child.wait() == 128 + number
+    assert "for the others of 2 processes, at localhost:29577" in child.err.read_text()
+    assert not RUN.exists()
+
+
+@pytest.mark.parametrize(("name", "count", "expected"), [
+    ("cuda", 2, "cuda:0"), ("cuda:1", 2, "cuda:1"), ("auto", 1, "cuda:0"), ("cuda:2", 2, None), ("cuda", 0, None)])
+def test_a_gpu_is_chosen_by_its_number(monkeypatch, name, count, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    if expected:
+        assert str(devices.pick_device(name)) == expected
+        assert str(devices.pick_device("cuda", local_rank=count - 1)) == f"cuda:{count - 1}"
+    else:
+        with pytest.raises(devices.DeviceError, match="there is no cuda:2; there are 2" if count else "built without it"):
+            devices.pick_device(name)
+
+
+# Disks
+
+
+def test_a_disk_that_cannot_synchronise_folders_is_used_and_said_once(train_tiny, monkeypatch, capfd):
+    fsync = os.fsync
+
+    def files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    assert newest(train_tiny(steps=2))["step"] == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if "a power failure may take the newest files" in line]
+    assert len(said) == len(set(said)) > 0
+
+
+def test_a_disk_that_cannot_append_keeps_the_whole_log(train_tiny, monkeypatch):
+    real = builtins.open
+
+    def no_append(file, mode="r", *arguments, **keywords):
+        if "a" in mode:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(file, mode, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "open", no_append)
+    assert [line["step"] for line in metrics(train_tiny(steps=8))] == [2, 4, 6, 8]
+
+
+def test_half_a_line_that_could_not_be_written_is_not_kept(tmp_path, monkeypatch):
+    path = tmp_path / "log"
+    safe_files.append_line(path, "first")
+    real = builtins.open
+
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[:3])
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(builtins, "open", lambda file, mode="r", *rest, **more: (
+        Full(file, "a") if mode == "ab" else real(file, mode, *rest, **more)))
+    safe_files.append_line(path, "second")
+    assert path.read_text() == "first\nsecond\n"
+
+
+@pytest.mark.parametrize("usage", [types.SimpleNamespace(free=0), OSError("Function not implemented")])
+def test_a_disk_that_does_not_say_how_much_is_free_is_used(train_tiny, monkeypatch, usage):
+    def tell(path):
+        if isinstance(usage, OSError):
+            raise usage
+        return usage
+
+    monkeypatch.setattr(safe_files.shutil, "disk_usage", tell)
+    assert newest(train_tiny(steps=2))["step"] == 2
+
+
+def test_a_disk_without_locks_is_used_and_said_once(train_tiny, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(safe_files.FileLock, "acquire", fail)
+    assert newest(train_tiny(steps=2))["step"] == 2
+    said = capfd.readouterr().err.splitlines()
+    assert f"note: {RUN}/.lock cannot be locked ([Errno {errno.ENOLCK}] No locks available), so two processes could write " \
+           "there at the same time" in said
+
+
+def test_who_is_refused_is_told_the_path_of_the_lock_which_stays(image_folder, train_tiny, capfd):
+    train_tiny(steps=1)
+    with safe_files.lock_folder(RUN, busy=pytest.fail):
+        assert training.main(["--data", str(image_folder), *tiny_arguments(steps=2)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("--out: another process is training in runs/images; ")
+    assert line.endswith(f"remove {RUN / '.lock'}")
+    assert (RUN / ".lock").exists()
