@@ -11,6 +11,7 @@ import zipfile
 
 import torch
 
+from devices import usual_settings
 from image_sizes import RESIZE_MODES, height_and_width, plain_size, size_text
 from model_definitions import LAYERS_PER_HALVING, VAE, Discriminator
 from safe_files import atomic_write
@@ -277,6 +278,7 @@ def load_newest(folder, *, report=print):
     return None
 
 
+@usual_settings()
 def load_generator(path, *, report=print):
     """Returns the averaged VAE of a checkpoint, or of the newest one of a run folder.
 

@@ -121,6 +121,26 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text
 
 
+@contextlib.contextmanager
+def usual_settings():
+    """Runs a block, or a function, with torch's own default type and device, with gradients and without autocast.
+
+    A program around it may have set others, and has them again afterwards.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    if device.type != "cpu":
+        torch.set_default_device(None)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(
+                "cuda", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if device.type != "cpu":
+            torch.set_default_device(device)
+
+
 def limit_threads():
     """Lowers the number of torch's threads to num_cpus(), unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ and num_cpus() < torch.get_num_threads():

@@ -16,7 +16,7 @@ import image_metrics
 from checkpointing import CheckpointError, load_generator, preparation_of
 from config import DEVICE, DEVICES, Settings, add_options, missing_package, option, source_and_options
 from console import listed, print_error, program_output, say
-from devices import DeviceError, limit_threads, pick_device
+from devices import DeviceError, limit_threads, pick_device, usual_settings
 from image_data import DataError, as_float_images, load_images
 from image_sizes import plain_size
 from pictures import on_white
@@ -53,6 +53,7 @@ class Options(Settings):
         return faults + missing_package(self.inception, "--inception", "torch_fidelity", "torch-fidelity") + super().faults()
 
 
+@usual_settings()
 @torch.no_grad()
 def evaluate(vae, options):
     """Returns the metrics of a VAE as a dict of plain values; those whose names end in "_real" are of real images alone.

@@ -26,7 +26,7 @@ from class_gaussians import class_gaussians, learned_classes
 from config import DEVICE, DEVICES, Settings, add_options, option, option_name, source_and_options
 from console import Interrupt, print_error, program_output, say
 from data_report import say_what_is_left_out
-from devices import DeviceError, keep_freed_memory, limit_threads, pick_device
+from devices import DeviceError, keep_freed_memory, limit_threads, pick_device, usual_settings
 from fast_paths import use_fast_output_layers
 from film_sound import sound_of
 from image_data import find_files, find_images, load_images
@@ -176,6 +176,7 @@ def _sample_grid(path):
         raise DataError(f"{path}: {error}") from None
 
 
+@usual_settings()
 def generate(source, options):
     """Writes what `options` ask for; returns the paths.
 

@@ -18,7 +18,7 @@ from config import from_command_line
 from console import Interrupt, print_error, program_output, say
 from data_report import check_data
 from demo_images import draw_demo_images
-from devices import DeviceError, keep_freed_memory, limit_threads, one_core_each, pick_device, start_threads
+from devices import DeviceError, keep_freed_memory, limit_threads, one_core_each, pick_device, start_threads, usual_settings
 from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
 from growth import averaged_to
 from image_data import DataError, as_float_images, as_image_set, batch_indices, load_images, to_device, to_device_if_it_fits
@@ -27,9 +27,8 @@ from resuming import RunFolderError, classes_of_run, find_run, known_levels, res
 from run_log import RunLog, TrainingError
 from wgan_gp import GAN
 
-DEMO_FOLDER = pathlib.Path("demo_images")
 
-
+@usual_settings()
 def train(config, *, data=None, interrupt=None, after_step=None):
     """Trains as `config` says and returns the run folder, or None where only the data was to be checked.
 
@@ -180,7 +179,7 @@ def _prepare(config, data):
 
 
 def _data_folder(config):
-    return (draw_demo_images(DEMO_FOLDER) if config.demo else pathlib.Path(config.data).expanduser()).resolve()
+    return pathlib.Path(draw_demo_images("demo_images") if config.demo else config.data).resolve()
 
 
 def use_faster_updates(gan, images, *labels):

@@ -15,7 +15,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Child, metrics, newest, tiny_arguments, wait_until
+from helpers import MODEL, ROOT, Child, assert_same, metrics, newest, tiny_arguments, wait_until
 
 import devices
 import distributed
@@ -24,8 +24,10 @@ import generate
 import run_log
 import safe_files
 import training
+from checkpointing import load_generator
 from config import Config
 from generate import Options
+from model_definitions import VAE
 
 RUN = pathlib.Path("runs/images")
 
@@ -261,3 +263,52 @@ def test_who_is_refused_is_told_the_path_of_the_lock_which_stays(image_folder, t
     assert line.startswith("--out: another process is training in runs/images; ")
     assert line.endswith(f"remove {RUN / '.lock'}")
     assert (RUN / ".lock").exists()
+
+
+# Settings of torch
+
+
+@contextlib.contextmanager
+def while_set(setter, value, before):
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+@pytest.mark.parametrize("setting", [
+    lambda: while_set(torch.set_default_dtype, torch.float64, torch.float32),
+    lambda: while_set(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    lambda: while_set(torch.set_default_device, "meta", None), torch.inference_mode, torch.no_grad,
+    lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_settings_of_torch_that_another_program_has_made_change_nothing(train_tiny, image_folder, setting):
+    size = {"image_size": 64, "grow_every_images": 4, "steps": 2, "evaluate_every": 2}
+    plain = train_tiny(**size)
+    with setting():
+        before = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+        run = train_tiny(**size, out="other")
+        assert generate.main([str(run), "--num-images", "1"]) == 0
+        assert evaluate.main([str(run), "--data", str(image_folder), "--num-images", "4"]) == 0
+        vae = load_generator(run)
+        assert (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()) == before
+    assert_same(newest(run), newest(plain))
+    z = torch.randn(1, 8, requires_grad=True)
+    vae.decode(z).sum().backward()
+    assert z.grad.isfinite().all()
+
+
+def test_deterministic_algorithms_are_had(train_tiny):
+    with while_set(torch.use_deterministic_algorithms, True, False):
+        assert_same(newest(train_tiny(steps=3)), newest(train_tiny(steps=3, out="again")))
+
+
+def test_a_model_made_without_memory_and_filled_draws_the_same():
+    vae = VAE(**MODEL).requires_grad_(False)
+    with torch.device("meta"):
+        empty = [VAE(**MODEL), VAE(**MODEL).requires_grad_(False)]
+    empty[0].to_empty(device="cpu").load_state_dict(vae.state_dict())
+    empty[1].load_state_dict(vae.state_dict(), assign=True)
+    z = torch.randn(2, MODEL["latent_dim"])
+    for filled in empty:
+        assert torch.equal(filled.decode(z), vae.decode(z))

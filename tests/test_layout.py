@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "pictures": {"torch", "torchvision", "PIL", "safe_files", "synthetic_video"},
     "video_files": {"av", "pictures", "safe_files"},
     "video_frames": {"av", "PIL", "devices", "image_files", "video_files"},
-    "checkpointing": {"torch", "image_sizes", "model_definitions", "safe_files"},
+    "checkpointing": {"torch", "devices", "image_sizes", "model_definitions", "safe_files"},
     "image_metrics": {"torch", "torch_fidelity", "pictures"},
     "latent_paths": {"torch", "tqdm", "checkpointing", "image_files", "model_definitions", "randomness", "video_frames"},
     "film_sound": {"av", "image_files", "video_frames"},
