@@ -22,8 +22,11 @@ def pick_device(name, *, local_rank=0):
         local_rank: of this process among those on this machine.
 
     Raises:
-        DeviceError: not available.
+        DeviceError: not available; or autocast is on, and blocks of autocast in it would keep casts of weights of before.
     """
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise DeviceError("--device: torch.autocast is on around this call; --precision is what sets the precision here, so "
+                          "leave that block first")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
@@ -123,7 +126,7 @@ def is_out_of_memory(error):
 
 @contextlib.contextmanager
 def usual_settings():
-    """Runs a block, or a function, with torch's own default type and device, with gradients and without autocast.
+    """Runs a block, or a function, with torch's own default type and device, and with gradients.
 
     A program around it may have set others, and has them again afterwards.
     """
@@ -132,8 +135,7 @@ def usual_settings():
     if device.type != "cpu":
         torch.set_default_device(None)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast(
-                "cuda", enabled=False):
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         torch.set_default_dtype(dtype)

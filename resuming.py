@@ -28,7 +28,7 @@ from config import option_name
 from console import listed, say
 from devices import pick_precision
 from growth import growth_of
-from image_data import class_labels
+from image_data import class_labels, load_images
 from image_sizes import plain_size, size_text
 from safe_files import atomic_write, free_bytes, lock_folder, lock_of, remove_temporary_files, too_few
 
@@ -47,6 +47,7 @@ def find_run(config, *, name, folder):
     """Returns the run folder, the checkpoints in it, the state to go on from, and what load_start returns for a new run.
 
     There is no state at the start of a run, and nothing to start with where config.initial_checkpoint names nothing: None.
+    A run whose images now have another path, on another machine for example, is known by the images themselves.
 
     Args:
         config: a Config whose data is a resolved path, or names a set of images.
@@ -61,11 +62,24 @@ def find_run(config, *, name, folder):
     identity["class_conditional"] = config.class_conditional
     fresh = config.fresh and not distributed.num_restarts()
     name = name or (folder.stem if folder.is_file() else folder.name)
-    out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh)
+
+    def has_these_images(state):
+        images = images_of_run(config, state, moved=True) if folder and state["image_set"] else None
+        return bool(images) and images.digest == state["image_set"]
+
+    def is_run_of_these_images(path):
+        state = load_newest(path / "checkpoints", report=lambda line: None)
+        return bool(state) and has_these_images(state)
+
+    out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh,
+                            moved=is_run_of_these_images)
     if folder and pathlib.Path(os.path.realpath(out)).is_relative_to(folder):
         raise RunFolderError(f"--out: {out} is inside --data {folder}, and its pictures would be trained on")
     checkpoints = list_checkpoints(out / "checkpoints")
     state = load_newest(out / "checkpoints", report=say)
+    if state and not config.resume and state["config"].get("data") != config.data and has_these_images(state):
+        say(f"note: the images of {out} were at {state['config'].get('data')}; {config.data} has the same, so it goes on")
+        state["config"]["data"] = config.data
     if config.resume:
         if state is None:
             state = load_checkpoint(config.resume)
@@ -83,7 +97,7 @@ def find_run(config, *, name, folder):
     return out, checkpoints, state, start
 
 
-def choose_run_folder(base, identity, *, exactly, fresh):
+def choose_run_folder(base, identity, *, exactly, fresh, moved=lambda path: False):
     """Returns the folder for a run: `base`, or base-2, base-3 and so on.
 
     Args:
@@ -91,6 +105,7 @@ def choose_run_folder(base, identity, *, exactly, fresh):
         identity: the entries of config.json that make a run the same run.
         exactly: use `base` itself, never base-2, base-3, ...
         fresh: take a new number above those of the same run, not a folder that holds it.
+        moved: whether a run folder that differs in `data` alone is of the same images all the same.
 
     Raises:
         RunFolderError: the folder is a file, or holds other things than a run.
@@ -102,6 +117,9 @@ def choose_run_folder(base, identity, *, exactly, fresh):
     saved = {number: _saved_config(path) for number, path in {**numbered, 1: base}.items()}
     same = {number: numbered.get(number, base) for number, settings in saved.items()
             if settings and not _differences(identity, settings)}
+    if not same and not fresh and not exactly:
+        same = {number: numbered.get(number, base) for number, settings in saved.items()
+                if settings and _differences(identity, settings).keys() == {"data"} and moved(numbered.get(number, base))}
     if exactly and not fresh:
         folder = base
     elif same and not fresh:
@@ -114,13 +132,21 @@ def choose_run_folder(base, identity, *, exactly, fresh):
             differences = "; ".join(f"{option_name(name)} {size_text(saved[1].get(name))}, not {size_text(value)}"
                                     for name, value in _differences(identity, saved[1]).items())
             say(f"note: {base} holds another run ({differences}), so this one gets {folder}; with these settings "
-                "that one goes on")
+                f"that one goes on{_and_how(base, saved[1], identity)}")
     if folder.exists():
         if not folder.is_dir():
             raise RunFolderError(f"--out: {folder} is a file, a folder is needed")
         if any(folder.iterdir()) and not _saved_config(folder):
             raise RunFolderError(f"--out: {folder} holds other things than a run; name a new or an empty folder")
     return folder
+
+
+def _and_how(folder, saved, identity):
+    """What goes on with a run whose images are not there any more."""
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    if saved.get("data") == identity["data"] or os.path.exists(str(saved.get("data"))) or not checkpoints:
+        return ""
+    return f", and with other images by --resume {checkpoints[-1]} --out NEW"
 
 
 def _differences(identity, saved):
@@ -180,6 +206,9 @@ def resolve_settings(config, state, start, device):
         if saved.get("precision") not in ("float32", "bfloat16"):
             raise CheckpointError(f"the checkpoint has no precision that is known: {saved.get('precision')}")
         config = dataclasses.replace(config, precision=saved["precision"])
+        if saved["precision"] == "bfloat16" and pick_precision(device) == "float32":
+            config = dataclasses.replace(config, precision="float32")
+            say("note: this run was in bfloat16, which is slow here, so it goes on in float32; --precision overrules that")
     # Older checkpoints do not name these: the same defaults, but the schedule counted 500 and 8,000 steps.
     before = {"warm_up_images": 500 * config.batch_size, "decay_after_images": 8_000 * config.batch_size, "ema_ramp": 0.1,
               "grow_every_images": config.grow_every_images, "adam_beta2": 0.9, "resize_mode": "crop",
@@ -236,11 +265,21 @@ def _with_model_of(config, model):
     return dataclasses.replace(config, **changes)
 
 
-def known_levels(config, state):
-    """Returns the levels (see image_files.decode_image) of a run that goes on with its own images, {} for another one."""
-    if not state or state["config"].get("data") != config.data:
-        return {}
-    return preparation_of_file(state["preparation"])["levels"]
+def images_of_run(config, state, *, moved=False):
+    """Returns the ImageSet of config.data. Where a run goes on with its images, more than 8 bits are scaled as before.
+
+    Args:
+        config: a Config.
+        state: the checkpoint to go on from, None at the start of a run.
+        moved: whether the images may be those of the run although their path is another.
+
+    Raises:
+        DataError: as load_images.
+    """
+    same = state and (moved or state["config"].get("data") == config.data)
+    levels = preparation_of_file(state["preparation"])["levels"] if same else {}
+    return load_images(config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad, levels=levels,
+                       channels=config.channels, resize_mode=config.resize_mode, video_fps=config.video_fps)
 
 
 @contextlib.contextmanager

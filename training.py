@@ -21,9 +21,9 @@ from demo_images import draw_demo_images
 from devices import DeviceError, keep_freed_memory, limit_threads, one_core_each, pick_device, start_threads, usual_settings
 from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
 from growth import averaged_to
-from image_data import DataError, as_float_images, as_image_set, batch_indices, load_images, to_device, to_device_if_it_fits
+from image_data import DataError, as_float_images, as_image_set, batch_indices, to_device, to_device_if_it_fits
 from randomness import random_generator
-from resuming import RunFolderError, classes_of_run, find_run, known_levels, resolve_settings
+from resuming import RunFolderError, classes_of_run, find_run, images_of_run, resolve_settings
 from run_log import RunLog, TrainingError
 from wgan_gp import GAN
 
@@ -161,9 +161,7 @@ def _prepare(config, data):
             config.check()
         out, checkpoints, state, start = find_run(config, name=name, folder=folder)
         config = resolve_settings(config, state, start, device)
-        data = data or load_images(
-            config.data, config.image_size, cache_dir=config.cache_dir, skip_bad=config.skip_bad, channels=config.channels,
-            resize_mode=config.resize_mode, levels=known_levels(config, state), video_fps=config.video_fps)
+        data = data or images_of_run(config, state)
         names, first_side = classes_of_run(config, data, state, start), (state or start or {}).get("first_side", 0)
         try:
             gan = GAN(config, device, first_side=first_side, num_classes=len(names))

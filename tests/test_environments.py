@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import pathlib
+import shutil
 import signal
 import stat
 import subprocess
@@ -15,16 +16,17 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import MODEL, ROOT, Child, assert_same, metrics, newest, tiny_arguments, wait_until
+from helpers import MODEL, ROOT, Child, assert_same, metrics, newest, save_picture, tiny_arguments, wait_until
 
 import devices
 import distributed
 import evaluate
 import generate
+import resuming
 import run_log
 import safe_files
 import training
-from checkpointing import load_generator
+from checkpointing import CheckpointError, load_generator
 from config import Config
 from generate import Options
 from model_definitions import VAE
@@ -280,8 +282,7 @@ def while_set(setter, value, before):
 @pytest.mark.parametrize("setting", [
     lambda: while_set(torch.set_default_dtype, torch.float64, torch.float32),
     lambda: while_set(torch.set_default_dtype, torch.bfloat16, torch.float32),
-    lambda: while_set(torch.set_default_device, "meta", None), torch.inference_mode, torch.no_grad,
-    lambda: torch.autocast("cpu", torch.bfloat16)])
+    lambda: while_set(torch.set_default_device, "meta", None), torch.inference_mode, torch.no_grad])
 def test_settings_of_torch_that_another_program_has_made_change_nothing(train_tiny, image_folder, setting):
     size = {"image_size": 64, "grow_every_images": 4, "steps": 2, "evaluate_every": 2}
     plain = train_tiny(**size)
@@ -298,6 +299,12 @@ def test_settings_of_torch_that_another_program_has_made_change_nothing(train_ti
     assert z.grad.isfinite().all()
 
 
+def test_autocast_around_a_run_is_refused(train_tiny):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(devices.DeviceError, match="torch.autocast is on around this"):
+        train_tiny(steps=1)
+    assert not RUN.exists()
+
+
 def test_deterministic_algorithms_are_had(train_tiny):
     with while_set(torch.use_deterministic_algorithms, True, False):
         assert_same(newest(train_tiny(steps=3)), newest(train_tiny(steps=3, out="again")))
@@ -312,3 +319,67 @@ def test_a_model_made_without_memory_and_filled_draws_the_same():
     z = torch.randn(2, MODEL["latent_dim"])
     for filled in empty:
         assert torch.equal(filled.decode(z), vae.decode(z))
+
+
+# Moved
+
+
+def test_a_run_whose_images_or_project_were_moved_or_copied_goes_on(image_folder, tmp_path, monkeypatch, capfd):
+    (tmp_path / "was").mkdir()
+    image_folder.rename(tmp_path / "was" / "images")
+    monkeypatch.chdir(tmp_path / "was")
+    arguments = ["--data", "images", *tiny_arguments()]
+    assert training.main([*arguments, "--steps", "2"]) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "was").rename(tmp_path / "now")
+    monkeypatch.chdir(tmp_path / "now")
+    for path in (tmp_path / "now" / "images").rglob("*.png"):  # copied: other times
+        os.utime(path, (1, 1))
+    assert training.main([*arguments, "--steps", "3"]) == 0
+    assert f"note: the images of runs/images were at {tmp_path / 'was' / 'images'}; " in capfd.readouterr().out
+    assert newest(RUN)["step"] == 3
+    assert training.main([*arguments, "--steps", "4"]) == 0
+    assert "were at" not in capfd.readouterr().out
+    shutil.copytree("images", tmp_path / "images")
+    elsewhere = ["--data", str(tmp_path / "images"), "--out", "runs/images", *tiny_arguments()]
+    assert training.main([*elsewhere, "--steps", "5"]) == 0
+    assert newest(RUN)["config"]["data"] == str(tmp_path / "images")
+    assert os.listdir("runs") == ["images"]
+    assert [line["step"] for line in metrics(RUN)] == [2, 4, 5]
+
+
+def test_where_the_images_are_others_or_unknown_the_run_is_named_and_how_to_go_on(image_folder, train_tiny, tmp_path, capfd):
+    train_tiny(steps=2)
+    (tmp_path / "now").mkdir()
+    other = tmp_path / "now" / "images"
+    image_folder.rename(other)
+    save_picture(other / "circle" / "new.png")
+    capfd.readouterr()
+    train_tiny(steps=1, data=str(other))
+    said = capfd.readouterr().out
+    assert "note: runs/images holds another run (--data " in said
+    assert "so this one gets runs/images-2; with these settings that one goes on, and with other images by --resume " \
+           "runs/images/checkpoints/step_0000002.pt --out NEW\n" in said
+    with pytest.raises(CheckpointError, match="^--data: this run has .*, where --resume goes on from a checkpoint"):
+        train_tiny(steps=3, data=str(other), out="runs/images")
+    run = train_tiny(steps=3, data=str(other), resume="runs/images/checkpoints/step_0000002.pt", out="third")
+    assert newest(run)["step"] == 3
+
+
+def test_another_folder_of_the_same_name_is_another_run_and_fresh_starts_from_nothing(image_folder, train_tiny, tmp_path):
+    train_tiny(steps=2)
+    save_picture(tmp_path / "b" / "images" / "x.png")
+    train_tiny(steps=1, data=str(tmp_path / "b" / "images"))
+    shutil.copytree(image_folder, tmp_path / "c" / "images")
+    train_tiny(steps=1, data=str(tmp_path / "c" / "images"), fresh=True)
+    assert {path.name: newest(path)["step"] for path in pathlib.Path("runs").iterdir()} == {
+        "images": 2, "images-2": 1, "images-3": 1}
+
+
+def test_a_bfloat16_run_goes_on_in_float32_where_bfloat16_is_slow(train_tiny, monkeypatch, capfd):
+    train_tiny(steps=2, precision="bfloat16")
+    monkeypatch.setattr(resuming, "pick_precision", lambda device: "float32")
+    assert newest(train_tiny(steps=3, precision="bfloat16"))["config"]["precision"] == "bfloat16"
+    assert "is slow here" not in capfd.readouterr().out
+    assert newest(train_tiny(steps=4, precision="auto"))["config"]["precision"] == "float32"
+    assert capfd.readouterr().out.count("note: this run was in bfloat16, which is slow here") == 1

@@ -17,6 +17,7 @@ import torch
 from helpers import ROOT, Child, assert_same, metrics, newest, save_picture, tiny_arguments, wait_until
 from PIL import Image
 
+import resuming
 import run_log
 import training
 from checkpointing import list_checkpoints, load_newest
@@ -237,14 +238,14 @@ def test_two_processes_do_not_train_in_one_folder(image_folder, train_tiny):
 
 def test_a_run_that_another_process_took_further_in_the_meantime_is_left_alone(train_tiny, monkeypatch):
     run = train_tiny(steps=2)
-    log, load = (run / "metrics.jsonl").read_text(), training.load_images
+    log, load = (run / "metrics.jsonl").read_text(), resuming.load_images
 
     def meanwhile(*arguments, **keywords):
-        monkeypatch.setattr(training, "load_images", load)
+        monkeypatch.setattr(resuming, "load_images", load)
         train_tiny(steps=4)
         return load(*arguments, **keywords)
 
-    monkeypatch.setattr(training, "load_images", meanwhile)
+    monkeypatch.setattr(resuming, "load_images", meanwhile)
     with pytest.raises(RunFolderError, match="another process is training in runs/images"):
         train_tiny(steps=6)
     assert (run / "metrics.jsonl").read_text().startswith(log)

@@ -15,7 +15,18 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, TINY, assert_same, critic_arguments, generator_arguments, metrics, newest, tiny_arguments, tiny_gan
+from helpers import (
+    ROOT,
+    TINY,
+    assert_same,
+    critic_arguments,
+    generator_arguments,
+    metrics,
+    newest,
+    save_picture,
+    tiny_arguments,
+    tiny_gan,
+)
 from PIL import Image, ImageChops
 from torch.nn import functional as F
 
@@ -397,6 +408,7 @@ def test_another_model_is_refused_in_the_same_folder(train_tiny, name, value):
 
 def test_another_folder_of_images_is_refused_in_the_same_run_and_numbered_where_no_run_is_named(train_tiny, image_folder):
     shutil.copytree(image_folder, "elsewhere/images")
+    save_picture("elsewhere/images/new.png")
     train_tiny(steps=2, out="run", keep_checkpoints=1)
     with pytest.raises(CheckpointError, match=f"--data: this run has {image_folder}, got .*elsewhere/images; --out names"):
         train_tiny(steps=4, out="run", data="elsewhere/images", keep_checkpoints=1)
