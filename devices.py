@@ -125,6 +125,26 @@ def is_out_of_memory(error):
 
 
 @contextlib.contextmanager
+def lack_of_memory_said(what, advice):
+    """Turns an error that says that there is too little memory into one line.
+
+    Args:
+        what: returns what did not fit.
+        advice: what needs less.
+
+    Raises:
+        DeviceError: there is too little memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DeviceError(f"{what()} does not fit into memory: {reason}. {advice}") from None
+
+
+@contextlib.contextmanager
 def usual_settings():
     """Runs a block, or a function, with torch's own default type and device, and with gradients.
 

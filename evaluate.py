@@ -16,7 +16,7 @@ import image_metrics
 from checkpointing import CheckpointError, load_generator, preparation_of
 from config import DEVICE, DEVICES, Settings, add_options, missing_package, option, source_and_options
 from console import listed, print_error, program_output, say
-from devices import DeviceError, limit_threads, pick_device, usual_settings
+from devices import DeviceError, lack_of_memory_said, limit_threads, pick_device, usual_settings
 from image_data import DataError, as_float_images, load_images
 from image_sizes import plain_size
 from pictures import on_white
@@ -257,7 +257,8 @@ def main(arguments=None):
         try:
             limit_threads()
             vae = load_generator(source, report=print_error).to(pick_device(options.device))
-            metrics = evaluate(vae, options)
+            with lack_of_memory_said(lambda: f"--num-images {options.num_images}", "Fewer, or --device cpu, need less"):
+                metrics = evaluate(vae, options)
         except (CheckpointError, DataError, DeviceError, OSError) as error:
             print_error(str(error))
             return 2

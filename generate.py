@@ -26,7 +26,7 @@ from class_gaussians import class_gaussians, learned_classes
 from config import DEVICE, DEVICES, Settings, add_options, option, option_name, source_and_options
 from console import Interrupt, print_error, program_output, say
 from data_report import say_what_is_left_out
-from devices import DeviceError, keep_freed_memory, limit_threads, pick_device, usual_settings
+from devices import DeviceError, keep_freed_memory, lack_of_memory_said, limit_threads, pick_device, usual_settings
 from fast_paths import use_fast_output_layers
 from film_sound import sound_of
 from image_data import find_files, find_images, load_images
@@ -429,7 +429,8 @@ def main(arguments=None):
     keep_freed_memory()
     with program_output():
         try:
-            paths = generate(source, options)
+            with lack_of_memory_said(lambda: "what was asked for", "A smaller --size, fewer images, --device cpu need less"):
+                paths = generate(source, options)
         except (CheckpointError, DataError, GenerateError, PictureError, DeviceError, OSError) as error:
             print_error(str(error))
             return 2

@@ -6,6 +6,7 @@ pictures are written and for torch-fidelity.
 """
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import mmap
@@ -20,6 +21,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from console import listed, say
 from devices import num_cpus
 from image_files import (
     EXTENSIONS,
@@ -332,7 +334,21 @@ class _Cache:
                     file.write(pixels)
                 place += 0 if facts.fault else size
         self._write_facts(files, common, levels)
+        if old := self._others():
+            size = sum(path.stat().st_size for path in old)
+            say(f"note: {self.path.parent} keeps other states or sizes of {self.found.source} too, {size / 1e6:,.1f} MB, which "
+                f"may be removed: {listed(path.name for path in old)}")
         return files
+
+    def _others(self):
+        """The paths of caches of the same folder in another state, or at another size."""
+        others = []
+        for path in sorted(self.path.parent.glob(f"{glob.escape(self.found.source.name[:40])}-*px-*.json")):
+            with contextlib.suppress(OSError, RecursionError, TypeError, ValueError):
+                same = json.loads(path.read_text()).get("source") == str(self.found.source)
+                if same and path != self.path.with_suffix(".json") and path.with_suffix(".uint8").exists():
+                    others.append(path.with_suffix(".uint8"))
+        return others
 
     def _levels(self, common):
         """Returns the levels of the kinds of samples that the set has: those asked for, else the common ones."""
@@ -382,7 +398,7 @@ class _Cache:
                  "passing": [facts.name for facts in files if facts.passing], "classes": classes, "digest": digest,
                  "common_levels": common, "levels": levels, "num_grey": sum(facts.grey for facts in good),
                  "num_transparent": sum(facts.transparent for facts in good),
-                 "remarks": {facts.film: facts.remark for facts in good if facts.remark},
+                 "source": str(self.found.source), "remarks": {facts.film: facts.remark for facts in good if facts.remark},
                  "in_two_classes": {own.name: first[own.digest][0] for own, of in zip(good, classes, strict=True)
                                     if of != first[own.digest][1]}}
         with atomic_write(self.path.with_suffix(".json")) as file:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import statistics
+import threading
 import time
 
 import torch
@@ -15,22 +16,25 @@ from checkpointing import class_names_for_file, preparation_for_file, save_check
 from config import option_name
 from console import say
 from data_report import say_classes, say_what_is_left_out, say_what_would_suit
-from devices import is_out_of_memory
+from devices import is_out_of_memory, lack_of_memory_said
 from growth import averaged_to, time_steps
 from image_data import as_float_images, batch_indices, evenly_spaced
-from image_metrics import patches, sliced_wasserstein
+from image_metrics import alarms, diversity, nearest_distance, patches, sliced_wasserstein, thumbnails
 from image_sizes import plain_size, size_text
 from pictures import alpha_picture, grid, on_white, save_picture
 from randomness import drawn_labels, latent_noise, random_generator
 from resuming import open_run_folder
-from safe_files import append_line, atomic_write
+from safe_files import append_line, atomic_write, free_bytes, too_few
 
 NUM_SAMPLES = 64
 NUM_MEASURED = 500
 COLUMNS = 8  # of the grids
 CURVES_PER_ROW = 3
 GROWING_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"  # its own time left knows one speed
-NO_CURVES = ("step", "images", "image_size", "elapsed_seconds")
+NO_CURVES = ("step", "images", "image_size", "elapsed_seconds", "alarm")
+STANDS_STILL, TIMES_AS_LONG, LOOKED_EVERY = 300, 10, 10  # seconds without a step; as steps take; seconds
+JUDGED_AFTER = 32_000  # images: earlier, images of a good run can look alike
+MOST_KNOWN = 4_000  # training images that samples are compared with
 
 
 class TrainingError(ValueError):
@@ -86,6 +90,8 @@ class RunLog:
         self.reals = as_float_images(data.images, first, torch.device("cpu"))
         self.tensorboard = None
         self.unwritten, self.warned = [], set()  # lines of metrics.jsonl; names of what has failed
+        self.alarms, self.lock, self.known = set(), threading.Lock(), None  # kinds that are on; of the log; thumbnails
+        self.last_step = time.perf_counter(), 0.0  # when it ended, and how long it took
         self.progress = tqdm(disable=True)
         self.start = self.last_line = time.perf_counter()
 
@@ -172,7 +178,30 @@ class RunLog:
                 initial=self.step * self.images_per_step, disable=None if self.is_rank_zero else True,
                 bar_format=GROWING_BAR if len(self.gan.growth.sides) > 1 else None))
             self.start = self.last_line = time.perf_counter()
+            self.last_step = self.start, 0.0
+            if self.is_rank_zero:
+                held.enter_context(self._watched())
             yield
+
+    @contextlib.contextmanager
+    def _watched(self):
+        """Raises an alarm, from a thread of its own, where no step has ended for minutes."""
+        over = threading.Event()
+
+        def watch():
+            while not over.wait(LOOKED_EVERY):
+                ended, took = self.last_step
+                waited = time.perf_counter() - ended
+                self._alarm("still", waited > max(STANDS_STILL, TIMES_AS_LONG * took) and
+                            f"no step for {waited:.0f} s since step {self.step}: the run stands still")
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def record(self, metrics):
         """Counts one step.
@@ -180,6 +209,8 @@ class RunLog:
         Args:
             metrics: a dict of scalar tensors, on the device.
         """
+        now = time.perf_counter()
+        self.last_step = now, now - self.last_step[0]
         self.step += 1
         self.steps_since_last_line += 1
         self.images_seen += self.images_per_step
@@ -207,6 +238,9 @@ class RunLog:
         self._append({"step": self.step, "images": self.images_seen, "image_size": size, **metrics,
                       "elapsed_seconds": round(self._elapsed(), 2)})
         self._add_to_tensorboard(metrics)
+        needed, free = self.gan.state_bytes(), free_bytes(self.out)
+        self._alarm("disk", too_few(free, needed) and
+                    f"the next checkpoint needs {needed:,} bytes in {self.out}, {free:,} are free")
         shown = {short: f"{metrics[name]:.3g}" for short, name in (
             ("W", "wasserstein_distance"), ("GP", "gradient_penalty"), ("rec", "reconstruction")) if name in metrics}
         left = tqdm.format_interval(self._seconds_left(speed)) if speed else "?"
@@ -260,7 +294,10 @@ class RunLog:
         vae, device, batch = self.gan.averaged, self.gan.device, self.config.batch_size
         decoded = [vae.decode_parts(*(part.to(device) for part in parts)) for parts in zip(
             self.noise.split(batch), *(y.split(batch) for y in self.sample_labels), strict=True)]
-        self._draw("samples", grid(torch.cat([part.images.cpu() for part in decoded]), columns=COLUMNS))
+        images = torch.cat([part.images.cpu() for part in decoded])
+        self._draw("samples", grid(images, columns=COLUMNS))
+        if self.images_seen >= JUDGED_AFTER:
+            self._judge(thumbnails(on_white(images)))
         real = averaged_to(self.reals[:2 * COLUMNS], self.gan.side)
         again = torch.cat([vae.decode(vae.encode(part.to(device))[0]).cpu() for part in real.split(batch)])
         rows = torch.cat([real[:COLUMNS], again[:COLUMNS], real[COLUMNS:], again[COLUMNS:]])
@@ -269,6 +306,19 @@ class RunLog:
             before, alpha, after = (torch.cat([getattr(part, name).cpu() for part in decoded])[:COLUMNS]
                                     for name in ("before", "alpha", "images"))
             self._draw("alpha_maps", alpha_picture(before, alpha, after, columns=2))
+
+    def _judge(self, small):
+        """Raises an alarm where samples, as thumbnails, are too much like each other, or like training images."""
+        if self.known is None:
+            known = self.data.images[::-(-len(self.data.images) // MOST_KNOWN)]
+            parts = (evenly_spaced(part, len(part)) for part in known.split(NUM_MEASURED))
+            self.known = torch.cat([thumbnails(on_white(part)) for part in parts])
+        small_real = thumbnails(on_white(self.reals))
+        found = alarms({"diversity": diversity(small), "diversity_real": diversity(small_real),
+                        "nearest_training_image": nearest_distance(small, self.known),
+                        "nearest_training_image_real": nearest_distance(small_real, self.known, rank=2)})
+        for kind in ("collapse", "copying"):
+            self._alarm(kind, next((line for line in found if line.startswith(kind)), None))
 
     def _draw(self, kind, picture):
         save_picture(picture, self.out / kind / f"step_{self.step:07d}.png")
@@ -318,10 +368,17 @@ class RunLog:
 
     def _append(self, metrics):
         """Appends a line to metrics.jsonl, and those before it that could not be written."""
-        self.unwritten.append(json.dumps(metrics))
-        with self._optional("metrics.jsonl"):
+        with self.lock, self._optional("metrics.jsonl"):
+            self.unwritten.append(json.dumps(metrics))
             append_line(self.out / "metrics.jsonl", "\n".join(self.unwritten))
             self.unwritten = []
+
+    def _alarm(self, kind, text):
+        """Prints and logs a text, once until there is none of that kind."""
+        if text and kind not in self.alarms:
+            say(f"warning: {text}")
+            self._append({"step": self.step, "alarm": text})
+        (self.alarms.add if text else self.alarms.discard)(kind)
 
     @contextlib.contextmanager
     def _optional(self, name):
@@ -367,18 +424,12 @@ class RunLog:
         if not self.is_due(self.config.sample_every):
             self.draw_samples()
 
-    @contextlib.contextmanager
     def lack_of_memory_said(self):
-        """Turns the error of a step for which memory is too small into a TrainingError."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                f"step {self.step + 1}: a step with {_text(self.gan.sizes[self.gan.side])} px does not fit into memory: "
-                f"{str(error).splitlines()[0]}. The newest checkpoint in {self.out / 'checkpoints'} is from before it; "
-                "a smaller --batch-size can go on from there") from None
+        """Turns the error of a step for which memory is too small into a DeviceError."""
+        return lack_of_memory_said(
+            lambda: f"step {self.step + 1}: --batch-size {self.config.batch_size} with images of "
+            f"{_text(self.gan.sizes[self.gan.side])} px (--image-size)",
+            f"The newest checkpoint in {self.out / 'checkpoints'} is from before; a smaller --batch-size can go on from it")
 
     def finish(self):
         """Logs, saves and draws the last step, where it was not its turn, and prints how the run has ended."""

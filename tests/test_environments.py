@@ -3,20 +3,24 @@ import builtins
 import contextlib
 import errno
 import io
+import itertools
 import os
 import pathlib
+import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import numpy as np
 import pytest
 import torch
 from helpers import MODEL, ROOT, Child, assert_same, metrics, newest, save_picture, tiny_arguments, wait_until
+from PIL import Image
 
 import devices
 import distributed
@@ -29,7 +33,8 @@ import training
 from checkpointing import CheckpointError, load_generator
 from config import Config
 from generate import Options
-from model_definitions import VAE
+from image_data import load_images
+from model_definitions import VAE, Decoded
 
 RUN = pathlib.Path("runs/images")
 
@@ -383,3 +388,115 @@ def test_a_bfloat16_run_goes_on_in_float32_where_bfloat16_is_slow(train_tiny, mo
     assert "is slow here" not in capfd.readouterr().out
     assert newest(train_tiny(steps=4, precision="auto"))["config"]["precision"] == "float32"
     assert capfd.readouterr().out.count("note: this run was in bfloat16, which is slow here") == 1
+
+
+def test_a_moved_run_keeps_the_scale_of_its_16_bit_images(tmp_path, train_tiny):
+    (tmp_path / "scans").mkdir()
+    for index, brightest in enumerate([900, 1000, 4000]):
+        samples = np.linspace(0, brightest, 32 * 32).reshape(32, 32).astype(np.uint16)
+        Image.fromarray(samples).save(tmp_path / "scans" / f"{index}.png")
+        if index:
+            train_tiny(steps=index, data=str(tmp_path / "scans"), channels=1)  # the third is scaled as those before it
+    (tmp_path / "scans").rename(tmp_path / "old")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").rename(tmp_path / "new" / "scans")
+    train_tiny(steps=3, data=str(tmp_path / "new" / "scans"), channels=1)
+    assert os.listdir("runs") == ["scans"]
+
+
+# Alarms, and too little memory
+
+
+def alarms_of(run):
+    return [line for line in metrics(run) if "alarm" in line]
+
+
+def test_a_run_that_stands_still_is_said_once_and_logged(train_tiny, monkeypatch, capfd):
+    monkeypatch.setattr(run_log, "STANDS_STILL", 0.5)
+    monkeypatch.setattr(run_log, "LOOKED_EVERY", 0.05)
+    take_step = training.training_step
+
+    def slow(gan, images, step, *arguments):
+        if step == 2:
+            time.sleep(2)
+        return take_step(gan, images, step, *arguments)
+
+    monkeypatch.setattr(training, "training_step", slow)
+    run = train_tiny(steps=4, log_every=1)
+    (line,) = alarms_of(run)
+    assert line["step"] == 2
+    assert line["alarm"].endswith("s since step 2: the run stands still")
+    assert f"warning: {line['alarm']}\n" in capfd.readouterr().out
+    assert [line["step"] for line in metrics(run) if "alarm" not in line] == [1, 2, 3, 4]
+
+
+def test_a_disk_that_will_be_full_is_said_before_it_is(train_tiny, monkeypatch, capfd):
+    left = iter([10**12, 10**12, 1_000, 2_000, 10**12, 10**12])  # of which the first is for the start
+    monkeypatch.setattr(run_log, "free_bytes", lambda path: next(left))
+    run = train_tiny(steps=5, log_every=1)
+    (line,) = alarms_of(run)
+    assert line["step"] == 3
+    assert re.fullmatch(r"the next checkpoint needs [\d,]+ bytes in runs/images, 1,000 are free", line["alarm"])
+    assert f"warning: {line['alarm']}\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["collapse", "copying"])
+def test_samples_that_are_alike_or_are_training_images_are_said_once(train_tiny, image_folder, monkeypatch, capfd, kind):
+    monkeypatch.setattr(run_log, "JUDGED_AFTER", 8)
+    known = load_images(image_folder, 32, cache_dir="cache").images / 255
+    shown = itertools.cycle(known if kind == "copying" else torch.rand(1, 3, 32, 32))
+    decode = VAE.decode_parts
+
+    def drawn(self, z, y=None):
+        if torch.is_grad_enabled():
+            return decode(self, z)
+        return Decoded(None, None, None, torch.stack([next(shown) for _ in z]))
+
+    monkeypatch.setattr(VAE, "decode_parts", drawn)
+    run = train_tiny(steps=4, sample_every=1)
+    (line,) = alarms_of(run)
+    assert line["step"] == 2  # 8 images
+    assert line["alarm"].startswith(f"{kind}: generated images are less than half as ")
+    assert capfd.readouterr().out.count(f"warning: {line['alarm']}\n") == 1
+
+
+@pytest.mark.parametrize("program", [generate, evaluate])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nx"),
+                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")])
+def test_too_little_memory_is_said_in_one_line(train_tiny, image_folder, monkeypatch, capfd, program, error):
+    run = train_tiny(steps=1)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(VAE, "decode_parts", fail)
+    more = ["--data", str(image_folder)] if program is evaluate else []
+    assert program.main([str(run), *more]) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "it/s" not in line and "img" not in line and line]
+    assert " does not fit into memory: " in line
+    assert "--device cpu" in line
+
+
+def test_samples_for_which_memory_is_too_small_are_left_out(train_tiny, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(run_log, "alpha_picture", fail)
+    assert newest(train_tiny(steps=2, sample_every=1))["step"] == 2
+    assert capfd.readouterr().out.count("warning: samples: CUDA out of memory; a smaller --batch-size needs less; ") == 1
+
+
+# Caches
+
+
+def test_old_caches_of_a_folder_are_named_with_their_size(image_folder, tmp_path, capfd):
+    load_images(image_folder, 32, cache_dir="cache")
+    save_picture(tmp_path / "else" / "images" / "a.png")
+    load_images(tmp_path / "else" / "images", 32, cache_dir="cache")  # of the same name
+    assert "keeps other states" not in capfd.readouterr().out
+    save_picture(image_folder / "circle" / "new.png")
+    load_images(image_folder, 32, cache_dir="cache")
+    load_images(image_folder, 32, cache_dir="cache")
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "keeps other states" in line]
+    assert re.fullmatch(rf"note: cache keeps other states or sizes of {image_folder} too, 0.0 MB, which may be removed: "
+                        r"images-32px-[0-9a-f]{16}\.uint8", line)

@@ -30,12 +30,12 @@ import generate
 import training
 from checkpointing import CheckpointError, critic_arguments, list_checkpoints, load_generator, load_start
 from config import Config
+from devices import DeviceError
 from fast_paths import use_fast_layers, use_fast_updates, written_out_gradient
 from growth import Growth, averaged_to
 from model_definitions import VAE, Discriminator
 from randomness import random_generator
 from resuming import RunFolderError
-from run_log import TrainingError
 from synthetic_video import synthetic_video
 from wgan_gp import GAN
 
@@ -278,7 +278,8 @@ def test_a_size_that_does_not_fit_into_memory_says_so_and_keeps_the_checkpoint_b
 
     with monkeypatch.context() as patched:
         patched.setattr(training, "training_step", step)
-        with pytest.raises(TrainingError, match="^step 4: a step with 64 px does not fit into memory: .*can't allo.*batch"):
+        said = "^step 4: --batch-size 4 with images of 64 px .--image-size. does not fit into memory: .*can't allo.* smaller"
+        with pytest.raises(DeviceError, match=said):
             train_tiny(steps=6, **GROWING)
     assert "steps 4 to 6 at 64 px: does not fit into memory" in capfd.readouterr().out
     assert_same(newest(train_tiny(steps=6, **GROWING)), newest(train_tiny(steps=6, out="straight", **GROWING)))

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "distributed": {"torch"},
     "console": {"tqdm", "distributed"},
     "image_files": {"torch", "torchvision", "PIL", "pillow_heif", "devices", "image_sizes"},
-    "image_data": {"torch", "tqdm", "devices", "image_files", "image_sizes", "randomness", "safe_files", "video_files",
+    "image_data": {"torch", "tqdm", "console", "devices", "image_files", "image_sizes", "randomness", "safe_files", "video_files",
                    "video_frames"},
     "data_report": {"console", "image_data", "image_sizes"},
     "demo_images": {"PIL", "tqdm"},
