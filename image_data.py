@@ -37,7 +37,7 @@ from image_files import (
     reads_heic,
     what_it_is,
 )
-from image_sizes import CHANNELS, as_pair, size_text
+from image_sizes import CHANNELS, as_pair, plain_size, size_text
 from randomness import random_generator
 from safe_files import atomic_write, free_bytes, lock_folder, lock_of, remove_temporary_files, too_few
 from video_files import pyav_fault
@@ -264,7 +264,7 @@ class _Cache:
                           [(str(path.relative_to(self.found.folder)), *_size_and_time(path)) for path in self.found.paths],
                           *([] if video_fps is None else [video_fps])])
         key = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-        self.path = pathlib.Path(cache_dir) / f"{self.found.source.name[:40]}-{size_text(image_size)}px-{key}.uint8"
+        self.path = pathlib.Path(cache_dir) / f"{self.found.source.name[:40]}-{size_text(plain_size(self.shape[1:]))}px-{key}.uint8"
 
     def facts(self):
         """Returns what is known about the images; None where there is no cache."""
@@ -336,8 +336,8 @@ class _Cache:
         self._write_facts(files, common, levels)
         if old := self._others():
             size = sum(path.stat().st_size for path in old)
-            say(f"note: {self.path.parent} keeps other states or sizes of {self.found.source} too, {size / 1e6:,.1f} MB, which "
-                f"may be removed: {listed(path.name for path in old)}")
+            say(f"note: {self.path.parent} keeps other states or sizes of {self.found.source} too, {size / 1e6:,.1f} MB, "
+                f"which may be removed: {listed(path.name for path in old)}")
         return files
 
     def _others(self):

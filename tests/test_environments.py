@@ -52,6 +52,7 @@ def test_the_programs_run_where_stdout_is_no_file(image_folder):
         assert training.main(["--data", str(image_folder), *tiny_arguments(steps=1)]) == 0
         assert generate.main([str(RUN), "--num-images", "1"]) == 0
         assert evaluate.main([str(RUN), "--data", str(image_folder), "--num-images", "4"]) == 0
+    assert len([*pathlib.Path("cache").glob("*.uint8")]) == 1  # the same for all programs
     assert all(text in said.getvalue() for text in ("done: 1 steps", "wrote generated/seed0-00000.png", "diversity"))
 
 
