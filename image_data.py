@@ -264,7 +264,8 @@ class _Cache:
                           [(str(path.relative_to(self.found.folder)), *_size_and_time(path)) for path in self.found.paths],
                           *([] if video_fps is None else [video_fps])])
         key = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-        self.path = pathlib.Path(cache_dir) / f"{self.found.source.name[:40]}-{size_text(plain_size(self.shape[1:]))}px-{key}.uint8"
+        size = size_text(plain_size(self.shape[1:]))
+        self.path = pathlib.Path(cache_dir) / f"{self.found.source.name[:40]}-{size}px-{key}.uint8"
 
     def facts(self):
         """Returns what is known about the images; None where there is no cache."""
