@@ -133,7 +133,7 @@ def _written(code):
 def test_files_and_options_that_it_names_exist():
     for name in re.findall(r"`?((?:tests/|benchmarks/)?\w+\.py)`|(docs/\w+\.\w+)", TEXTS):
         assert (ROOT / "".join(name)).exists(), name
-    others = {"--nproc-per-node", "--max-restarts", "--seeds", "--before"}  # of torchrun and of benchmarks
+    others = {"--nproc-per-node", "--max-restarts", "--seeds", "--before", "--index-url"}  # of torchrun, benchmarks and pip
     options = set(re.findall(r"(--[a-z][a-z-]+)", TEXTS)) - others
     helps = "".join(program.parser().format_help() for program in (config, generate, evaluate))
     known = set(re.findall(r"(--[a-z][a-z-]+)", helps))
