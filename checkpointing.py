@@ -4,17 +4,19 @@ A checkpoint may come from someone you do not trust: every entry is checked befo
 code.
 """
 import contextlib
+import errno
 import math
+import os
 import pathlib
 import re
 import zipfile
 
 import torch
 
-from devices import usual_settings
+from devices import is_out_of_memory, usual_settings
 from image_sizes import RESIZE_MODES, height_and_width, plain_size, size_text
 from model_definitions import LAYERS_PER_HALVING, VAE, Discriminator
-from safe_files import atomic_write
+from safe_files import atomic_write, say_once
 
 FORMAT = 2  # raised when older files can no longer be read
 LARGEST_OUTLINE = 2**18  # bytes of names and shapes, ten times what ours need: deep nesting can crash the unpickler
@@ -52,11 +54,24 @@ def save_checkpoint(folder, step, state, *, keep):
     folder = pathlib.Path(folder)
     path = folder / f"step_{step:07d}.pt"
     with atomic_write(path, bytes_needed=_num_bytes(state)) as file:
-        torch.save(_file_form({"format": FORMAT, "step": step, **state}), file)
+        _save({"format": FORMAT, "step": step, **state}, file)
     up_to_this = [other for other in list_checkpoints(folder) if _order(other) <= _order(path)]
     for old in up_to_this[:-keep]:  # later files are ignored: they are damaged ones that the resume skipped
-        old.unlink()
+        try:
+            old.unlink()
+        except OSError as error:  # another program reads it
+            say_once(f"note: {old} cannot be removed: {error.strerror}")
     return path
+
+
+def _save(state, file):
+    """Saves a state in the form of files, with the checksums that load_checkpoint compares, which a program can turn off."""
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save(_file_form(state), file)
+    finally:
+        torch.serialization.set_crc32_options(checksums)
 
 
 def _num_bytes(state):
@@ -81,14 +96,19 @@ def load_checkpoint(path):
 
     Raises:
         CheckpointError: missing, damaged, incomplete, of another version, or holding anything but tensors and plain values.
+        OSError, MemoryError: it cannot be read now, and may be whole.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         _check_archive(path)
         state = _plain(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever the readers meet in a damaged or hostile file
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise OSError(f"{path} cannot be read now: {error.strerror}") from None
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
     if type(state) is not dict or type(state.get("format")) is not int or state["format"] != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program, or of another version")
@@ -335,7 +355,7 @@ def save_generator(path, state):
     plain = {name: value for name, value in state["config"].items() if not isinstance(value, str)}
     state = state | {name: {} for name in TRAINING_ONLY} | {"config": plain}
     with atomic_write(path, bytes_needed=_num_bytes(state)) as file:
-        torch.save(_file_form({"format": FORMAT, **state}), file)
+        _save({"format": FORMAT, **state}, file)
 
 
 def load_start(path, image_size, *, report=print):
@@ -392,7 +412,7 @@ def _names_in_larger(weights, levels):
 
 def _load_with_generator(path, report):
     """load_checkpoint of a file, or of the newest one of a run folder, with "averaged" checked against "model_arguments"."""
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     state = load_newest(path / "checkpoints", report=report) if path.is_dir() else load_checkpoint(path)
     if state is None:
         raise CheckpointError(f"{path}: no checkpoints below it")
@@ -401,6 +421,8 @@ def _load_with_generator(path, report):
             vae = VAE(**state["model_arguments"])
         vae.draw_at(learned_side(state))
     except Exception as error:  # whatever such arguments lead to
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{path}: model_arguments: {ascii(str(error))[1:-1][:200]}") from None
     try:
         check_tensors(state["averaged"], vae.state_dict(), "averaged")

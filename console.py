@@ -21,14 +21,22 @@ def listed(entries, separator=", "):
 def say(text):
     """Prints a line on rank 0. Errors from a closed terminal or pipe are ignored, so that the run goes on."""
     if distributed.rank() == 0:
-        with contextlib.suppress(OSError):
-            tqdm.write(_printable(text))
+        _print(tqdm.write, text)
 
 
 def print_error(text):
     """Prints a line on stderr, ignoring errors as say does."""
-    with contextlib.suppress(OSError):
-        print(_printable(text), file=sys.stderr)
+    _print(lambda line: print(line, file=sys.stderr), text)
+
+
+def _print(write, text):
+    text = _printable(text)
+    try:
+        write(text)
+    except UnicodeEncodeError:
+        write(text.encode("ascii", "backslashreplace").decode())
+    except (AttributeError, OSError, ValueError):  # closed, or less than a file
+        pass
 
 
 def _printable(text):
@@ -45,14 +53,16 @@ def program_output():
     for name in ("stdout", "stderr"):  # where a shell has closed one, the next file opened would take its place
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    if hasattr(sys.stdout, "reconfigure"):  # that of a notebook, or of contextlib.redirect_stdout, has not
+    with contextlib.suppress(AttributeError, ValueError):  # that of a notebook is no file, another may be closed
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     with stop_signals(lambda number, frame: sys.exit(128 + number)):
         yield
-    try:
-        print(end="", flush=True)
-    except OSError:  # the reader has gone; Python would complain once more when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with contextlib.suppress(AttributeError, ValueError):
+        try:
+            print(end="", flush=True)
+        except OSError:  # the reader has gone; Python would complain once more when it exits
+            if sys.stdout is sys.__stdout__:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextlib.contextmanager

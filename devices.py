@@ -154,8 +154,10 @@ def usual_settings():
     torch.set_default_dtype(torch.float32)
     if device.type != "cpu":
         torch.set_default_device(None)
+    # Within a block of another device, every call passes through this one, which takes time.
+    on_cpu = contextlib.nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), on_cpu:
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -164,8 +166,8 @@ def usual_settings():
 
 
 def limit_threads():
-    """Lowers the number of torch's threads to num_cpus(), unless OMP_NUM_THREADS is set."""
-    if "OMP_NUM_THREADS" not in os.environ and num_cpus() < torch.get_num_threads():
+    """Lowers the number of torch's threads to num_cpus(), unless OMP_NUM_THREADS is set to a number."""
+    if not _number_in_environment("OMP_NUM_THREADS") and num_cpus() < torch.get_num_threads():
         torch.set_num_threads(num_cpus())
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 TIMEOUT = datetime.timedelta(days=1)  # the others wait while rank 0 decodes a large folder; torchrun ends them if it fails
 VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+_made = []  # whether start has made the process group
 SAID_EVERY, LOOKED_EVERY = 30, 0.05  # seconds, while others are waited for
 
 
@@ -46,7 +47,7 @@ def start(device):
             store = dist.PrefixStore(f"attempt {num_restarts()}", store)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, store=store,
                                     rank=own_rank, world_size=size)
-        except BaseException as error:  # to be raised where the thread is waited for
+        except Exception as error:  # to be raised where the thread is waited for
             failed.append(error)
 
     # In another thread, because a signal is not seen while torch waits.
@@ -55,7 +56,9 @@ def start(device):
     _wait_until(lambda: not joining.is_alive(), "for the others of {WORLD_SIZE} processes, at "
                 "{MASTER_ADDR}:{MASTER_PORT} (unset WORLD_SIZE to train alone)".format(**os.environ))
     if failed:
-        raise failed[0]
+        raise LaunchError("the other processes cannot be joined at {MASTER_ADDR}:{MASTER_PORT}: ".format(**os.environ)
+                          + str(failed[0]).splitlines()[0]) from failed[0]
+    _made.append(True)
 
 
 def local_rank():
@@ -90,8 +93,10 @@ def _wait_until(done, what):
 
 
 def stop():
-    if _is_initialized():
+    """Ends what start has begun; not a group that the caller has made."""
+    if _made and _is_initialized():
         dist.destroy_process_group()
+    _made.clear()
 
 
 def _is_initialized():
@@ -108,7 +113,7 @@ def world_size():
 
 def num_restarts():
     """Returns how often torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if _one_of_several() else 0
 
 
 @contextlib.contextmanager

@@ -256,8 +256,8 @@ def main(arguments=None):
     with program_output():
         try:
             limit_threads()
-            vae = load_generator(source, report=print_error).to(pick_device(options.device))
             with lack_of_memory_said(lambda: f"--num-images {options.num_images}", "Fewer, or --device cpu, need less"):
+                vae = load_generator(source, report=print_error).to(pick_device(options.device))
                 metrics = evaluate(vae, options)
         except (CheckpointError, DataError, DeviceError, OSError) as error:
             print_error(str(error))

@@ -105,7 +105,7 @@ class Options(Settings):
         if self.format == "gif" and isinstance(self.fps, int) and self.fps > FASTEST_GIF:
             faults.append(f"--fps: must be at most {FASTEST_GIF} for gif, got {self.fps}")
         for name in ("images", "seeds"):
-            if (text := getattr(self, name)) is not None and not numbers(text):
+            if isinstance(text := getattr(self, name), str) and not numbers(text):
                 faults.append(f"{option_name(name)}: must be numbers and ranges such as 1,5-9, got {text!r}")
         if self.images is not None and self.seeds is not None:
             faults.append("--images: are of one seed, so they do not go with --seeds")
@@ -313,7 +313,7 @@ def _reconstructed(vae, options):
     Of several files those that cannot be read are named and left out. Files of one name get numbers.
     """
     files, names = [], set()
-    for source in (pathlib.Path(source).expanduser() for source in options.reconstruct):
+    for source in (pathlib.Path(os.path.expanduser(source)) for source in options.reconstruct):
         if not source.exists():
             raise DataError(f"{source}: no such file")
         folder, found = (source.resolve(), find_files(source)) if source.is_dir() else (source.parent, [source])

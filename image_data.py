@@ -117,7 +117,7 @@ def find_files(folder, *, films=True):
 
 
 def _find(folder, *, films=True):
-    folder = pathlib.Path(folder).expanduser().resolve()
+    folder = pathlib.Path(os.path.expanduser(folder)).resolve()
     layout = f"Put images below it, in one folder ({folder}/a.jpg) or in one folder for each class ({folder}/cats/a.jpg)."
     if films and folder.is_file() and folder.suffix.lower() in VIDEO_EXTENSIONS:
         if fault := pyav_fault():
@@ -208,8 +208,11 @@ def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, re
     found, bad = cache.found, facts["bad"] | cache.found.closed
     check_readable(found, facts["bad"], skip_bad=skip_bad)
     with open(cache.path, "rb") as file:
-        # Read-only: a private copy would count against the memory in full.
-        pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            # Read-only: a private copy would count against the memory in full.
+            pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError:  # some file systems cannot
+            pixels = bytearray(file.read())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that it must not be written to
         images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *cache.shape)
@@ -520,7 +523,10 @@ def as_image_set(data, name):
     Raises:
         DataError: images of another type or shape.
     """
-    images = torch.as_tensor(data.images if isinstance(data, ImageSet) else data)
+    try:
+        images = torch.as_tensor(data.images if isinstance(data, ImageSet) else data)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"data: expected uint8 images (M, C, H, W): {str(error).splitlines()[0]}") from None
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in CHANNELS:
         advice = ""
         if images.dim() == 4 and images.shape[3] in CHANNELS:

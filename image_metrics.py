@@ -2,6 +2,7 @@
 
 Notation as in model_definitions.py: two sets of images (M, C, H, W) and (N, C, H, W) in [0, 1].
 """
+import math
 from urllib.error import URLError
 
 import torch
@@ -120,7 +121,7 @@ def alarms(metrics):
         help = "" if name is None else "; beginning with a run without classes, --initial-checkpoint, may help"
         if within.get("diversity", 1) < ALARM * within.get("diversity_real", 0):
             lines.append(f"collapse: {what} are less than half as different from each other as real ones are{help}")
-        if within["nearest_training_image"] < ALARM * within["nearest_training_image_real"]:
+        if within["nearest_training_image"] < ALARM * within["nearest_training_image_real"] < math.inf:
             lines.append(f"copying: {what} are less than half as far from training images as new real ones are")
     return lines
 

@@ -3,6 +3,7 @@
 Notation as in model_definitions.py.
 """
 import math
+import os
 import pathlib
 from fractions import Fraction
 from typing import NamedTuple
@@ -129,7 +130,7 @@ def read_photo(path, image_size, **preparation):
         DataError: it cannot be read.
     """
     try:
-        return decode_image(pathlib.Path(path).expanduser(), image_size, **preparation)[None] / 255
+        return decode_image(pathlib.Path(os.path.expanduser(path)), image_size, **preparation)[None] / 255
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 

@@ -68,8 +68,10 @@ def find_run(config, *, name, folder):
         return bool(images) and images.digest == state["image_set"]
 
     def is_run_of_these_images(path):
-        state = load_newest(path / "checkpoints", report=lambda line: None)
-        return bool(state) and has_these_images(state)
+        with contextlib.suppress(CheckpointError):
+            state = load_newest(path / "checkpoints", report=lambda line: None)
+            return bool(state) and has_these_images(state)
+        return False
 
     out = choose_run_folder(config.out or f"runs/{name}", identity, exactly=bool(config.out), fresh=fresh,
                             moved=is_run_of_these_images)
@@ -86,9 +88,9 @@ def find_run(config, *, name, folder):
             if not state["critic"]:
                 raise CheckpointError(f"--resume: {config.resume} holds a generator alone, which cannot be trained further; "
                                       "the checkpoints of a run folder can")
-        elif state["config"].get("resume") != config.resume:
+        elif not _same_file(state["config"].get("resume"), config.resume):
             raise RunFolderError(f"--resume: {out} already holds a run; name a new folder with --out")
-    elif state and state["config"].get("initial_checkpoint") != config.initial_checkpoint:
+    elif state and not _same_file(state["config"].get("initial_checkpoint"), config.initial_checkpoint):
         raise RunFolderError(f"--initial-checkpoint: {out} holds a run that began with "
                              f"{state['config'].get('initial_checkpoint') or 'none'}; name a new folder with --out")
     start = None
@@ -152,7 +154,13 @@ def _and_how(folder, saved, identity):
 def _differences(identity, saved):
     """Returns the entries of `identity` that a saved config does not have. A run keeps what it was begun without."""
     return {name: value for name, value in identity.items()
-            if saved.get(name) != value and not (name in MAY_BE_ABSENT and saved.get(name) is None)}
+            if saved.get(name) != value and not (name in MAY_BE_ABSENT and saved.get(name) is None)
+            and not (name == "initial_checkpoint" and _same_file(saved.get(name), value))}
+
+
+def _same_file(one, other):
+    """Whether two paths, or two times None, name the same file."""
+    return one == other or bool(one and other) and os.path.realpath(one) == os.path.realpath(other)
 
 
 def _saved_config(folder):
@@ -309,7 +317,12 @@ def open_run_folder(folder, config, *, step, last_logged, checkpoints, bytes_nee
                 _refuse(folder)
             for place in (folder, *folder.glob("*/")):
                 remove_temporary_files(place)
-            _write(folder / "config.json", json.dumps(settings_for_file(config), indent=2) + "\n")
+            try:
+                _write(folder / "config.json", json.dumps(settings_for_file(config), indent=2) + "\n")
+            except OSError as error:
+                if not step:
+                    raise
+                say(f"warning: {error}; what the checkpoints hold counts")  # held open by another program, perhaps
             log = folder / "metrics.jsonl"
             if log.exists():
                 _write(log, "".join(_lines_up_to(step, last_logged, log.read_text(errors="replace"))))

@@ -24,7 +24,7 @@ from image_sizes import plain_size, size_text
 from pictures import alpha_picture, grid, on_white, save_picture
 from randomness import drawn_labels, latent_noise, random_generator
 from resuming import open_run_folder
-from safe_files import append_line, atomic_write, free_bytes, too_few
+from safe_files import append_line, atomic_write, free_bytes
 
 NUM_SAMPLES = 64
 NUM_MEASURED = 500
@@ -91,6 +91,7 @@ class RunLog:
         self.tensorboard = None
         self.unwritten, self.warned = [], set()  # lines of metrics.jsonl; names of what has failed
         self.alarms, self.lock, self.known = set(), threading.Lock(), None  # kinds that are on; of the log; thumbnails
+        self.tells_free = False  # whether the disk has ever told how much is free
         self.last_step = time.perf_counter(), 0.0  # when it ended, and how long it took
         self.progress = tqdm(disable=True)
         self.start = self.last_line = time.perf_counter()
@@ -195,13 +196,12 @@ class RunLog:
                 self._alarm("still", waited > max(STANDS_STILL, TIMES_AS_LONG * took) and
                             f"no step for {waited:.0f} s since step {self.step}: the run stands still")
 
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
+        with self._optional("watching whether steps end"):
+            threading.Thread(target=watch, daemon=True).start()
         try:
             yield
         finally:
             over.set()
-            thread.join()
 
     def record(self, metrics):
         """Counts one step.
@@ -239,7 +239,8 @@ class RunLog:
                       "elapsed_seconds": round(self._elapsed(), 2)})
         self._add_to_tensorboard(metrics)
         needed, free = self.gan.state_bytes(), free_bytes(self.out)
-        self._alarm("disk", too_few(free, needed) and
+        self.tells_free |= free > 0
+        self._alarm("disk", free < needed and self.tells_free and
                     f"the next checkpoint needs {needed:,} bytes in {self.out}, {free:,} are free")
         shown = {short: f"{metrics[name]:.3g}" for short, name in (
             ("W", "wasserstein_distance"), ("GP", "gradient_penalty"), ("rec", "reconstruction")) if name in metrics}

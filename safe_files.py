@@ -1,5 +1,6 @@
 """Atomic writes and folder locks."""
 import contextlib
+import errno
 import functools
 import os
 import pathlib
@@ -8,6 +9,8 @@ import sys
 import tempfile
 
 from filelock import FileLock, Timeout
+
+UNKNOWN_CALL = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems answer to calls that they do not have
 
 
 @contextlib.contextmanager
@@ -24,7 +27,12 @@ def atomic_write(path, *, bytes_needed=None):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in UNKNOWN_CALL:
+                    raise
+                _not_synchronised(temporary, error)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
@@ -77,7 +85,8 @@ def _not_written(path, error, bytes_needed=None):
 def remove_temporary_files(folder, pattern="*"):
     """Removes the temporary files of killed processes from a folder, which must be locked by lock_folder."""
     for path in pathlib.Path(folder).glob(f".{pattern}.tmp"):
-        path.unlink()
+        with contextlib.suppress(OSError):  # another program holds it open: the next time
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -122,13 +131,22 @@ def too_few(free, needed):
 
 def _sync_folder(folder):
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            _not_synchronised(folder, error)
+            return
         try:
             os.fsync(descriptor)
         except OSError as error:  # SMB, and Windows' disks in WSL
-            say_once(f"note: {folder} cannot be synchronised ({error}): a power failure may take the newest files")
+            _not_synchronised(folder, error)
         finally:
             os.close(descriptor)
+
+
+def _not_synchronised(path, error):
+    place = path.parent if path.is_file() else path
+    say_once(f"note: {place} cannot be synchronised ({error}): a power failure may take the newest files")
 
 
 @functools.cache

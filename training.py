@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+import devices
 import distributed
 from augmentation import NUM_AUGMENT_NUMBERS
 from checkpointing import CheckpointError
@@ -18,17 +19,17 @@ from config import from_command_line
 from console import Interrupt, print_error, program_output, say
 from data_report import check_data
 from demo_images import draw_demo_images
-from devices import DeviceError, keep_freed_memory, limit_threads, one_core_each, pick_device, start_threads, usual_settings
 from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
 from growth import averaged_to
 from image_data import DataError, as_float_images, as_image_set, batch_indices, to_device, to_device_if_it_fits
+from image_sizes import size_text
 from randomness import random_generator
 from resuming import RunFolderError, classes_of_run, find_run, images_of_run, resolve_settings
 from run_log import RunLog, TrainingError
 from wgan_gp import GAN
 
 
-@usual_settings()
+@devices.usual_settings()
 def train(config, *, data=None, interrupt=None, after_step=None):
     """Trains as `config` says and returns the run folder, or None where only the data was to be checked.
 
@@ -52,8 +53,8 @@ def train(config, *, data=None, interrupt=None, after_step=None):
     with interrupt or Interrupt() as signals:
         if config.check_data:
             return check_data(_data_folder(config), config)
-        limit_threads()
-        threads = start_threads()
+        devices.limit_threads()
+        threads = devices.start_threads()
         config, gan, log = _prepare(config, data)
         log.describe()
         if log.step >= log.total_steps and not config.dry_run:
@@ -67,7 +68,7 @@ def train(config, *, data=None, interrupt=None, after_step=None):
             say("one step: " + ", ".join(f"{name} {value.item():.4g}" for name, value in metrics.items()))
             return log.out
         use_faster_updates(gan, images, *labels)
-        with log.opened(), one_core_each(threads if gan.device.type == "cpu" else []):
+        with log.opened(), devices.one_core_each(threads if gan.device.type == "cpu" else []):
             signals.defer()
             if log.step == 0:
                 log.draw_samples()
@@ -139,7 +140,7 @@ def generator_batch(gan, real, step, images_seen, *labels):
 
 def _prepare(config, data):
     """Finds device, data and run; returns the config as the run uses it, the GAN as it was saved, and the RunLog."""
-    device = pick_device(config.device, local_rank=distributed.local_rank())
+    device = devices.pick_device(config.device, local_rank=distributed.local_rank())
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes never change, so searching the fastest algorithm once pays
@@ -194,17 +195,19 @@ def use_faster_updates(gan, images, *labels):
 def main(arguments=None):
     """Runs the command line; returns the exit status."""
     config = from_command_line(arguments)
-    keep_freed_memory()
+    devices.keep_freed_memory()
     interrupt, status = Interrupt(), 0
     with program_output():
         try:
-            train(config, interrupt=interrupt)
+            with devices.lack_of_memory_said(lambda: f"training with --batch-size {config.batch_size} and --image-size "
+                                             f"{size_text(config.image_size)}", "Smaller ones need less"):
+                train(config, interrupt=interrupt)
             distributed.stop()
         except distributed.RankZeroError:
             status = 2
-        except (TrainingError, RunFolderError, DataError, CheckpointError, DeviceError, OSError) as error:
+        except (TrainingError, RunFolderError, DataError, CheckpointError, devices.DeviceError, OSError) as error:
             status = 2
-            if distributed.rank() == 0 or not isinstance(error, TrainingError | DeviceError):  # all processes raise these
+            if distributed.rank() == 0 or not isinstance(error, TrainingError | devices.DeviceError):  # all raise these
                 print_error(str(error))
         except KeyboardInterrupt:
             if distributed.rank() == 0:

@@ -19,7 +19,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import MODEL, ROOT, Child, assert_same, metrics, newest, save_picture, tiny_arguments, wait_until
+from helpers import MODEL, ROOT, TINY, Child, assert_same, metrics, newest, save_picture, tiny_arguments, wait_until
 from PIL import Image
 
 import devices
@@ -34,6 +34,7 @@ from checkpointing import CheckpointError, load_generator
 from config import Config
 from generate import Options
 from image_data import load_images
+from image_files import DataError
 from model_definitions import VAE, Decoded
 
 RUN = pathlib.Path("runs/images")
@@ -501,3 +502,227 @@ def test_old_caches_of_a_folder_are_named_with_their_size(image_folder, tmp_path
     (line,) = [line for line in capfd.readouterr().out.splitlines() if "keeps other states" in line]
     assert re.fullmatch(rf"note: cache keeps other states or sizes of {image_folder} too, 0.0 MB, which may be removed: "
                         r"images-32px-[0-9a-f]{16}\.uint8", line)
+
+
+# Odd streams, paths and values
+
+
+class OnlyWrites:
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+def closed(stream):
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [
+    OnlyWrites, lambda: closed(io.StringIO()), lambda: closed(io.TextIOWrapper(io.BytesIO())),
+    lambda: io.TextIOWrapper(io.BytesIO(), "ascii")])
+def test_streams_that_are_less_than_a_file_are_no_matter(image_folder, monkeypatch, stream):
+    image_folder.rename("bilder_ü漢")
+    monkeypatch.setattr(sys, "stdout", stream())
+    assert training.main(["--data", "bilder_ü漢", *tiny_arguments(steps=2), "--out", "run"]) == 0
+    assert generate.main(["run", "--num-images", "1"]) == 0
+    monkeypatch.setattr(sys, "stderr", stream())
+    assert generate.main(["no_漢"]) == 2
+
+
+def test_a_stdout_of_a_program_whose_flush_fails_does_not_cost_the_process_its_own(image_folder, monkeypatch):
+    class Fails(io.StringIO):
+        def flush(self):
+            raise OSError("no")
+
+    before = os.fstat(1)
+    monkeypatch.setattr(sys, "stdout", Fails())
+    assert training.main(["--data", str(image_folder), *tiny_arguments(steps=1)]) == 0
+    assert os.path.samestat(os.fstat(1), before)
+
+
+def test_a_path_that_begins_with_a_tilde_and_is_none_of_a_home_is_itself(train_tiny, capfd):
+    run = train_tiny(steps=1)
+    save_picture("~photo.png")
+    assert generate.main([str(run), "--reconstruct", "~photo.png"]) == 0
+    assert generate.main([str(run), "--animate", "~photo.png"]) == 0
+    assert generate.main(["~no-such-user/a.pt"]) == 2
+    assert evaluate.main([str(run), "--data", "~no-such-user/images"]) == 2
+    assert capfd.readouterr().err.count("~no-such-user/") >= 2
+
+
+@pytest.mark.parametrize("settings", [{"images": 7}, {"images": [1, 2]}, {"seeds": range(3)}, {"seeds": 5.5}])
+def test_options_of_another_type_are_refused_by_name(settings):
+    (fault,) = Options(**settings).faults()
+    assert fault.startswith(f"--{next(iter(settings))}: must be text, got ")
+
+
+@pytest.mark.parametrize("images", [np.zeros((4, 3, 32, 32), np.uint8)[:, ::-1], [torch.zeros(3, 32, 32)] * 4, "images"])
+def test_images_in_memory_that_torch_cannot_take_are_refused_in_one_line(images):
+    with pytest.raises(DataError, match=r"^data: expected uint8 images \(M, C, H, W\).*$"):
+        training.train(Config(data="mine", **TINY, steps=1), data=images)
+
+
+# More of what other programs do
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(train_tiny, monkeypatch):
+    train_tiny(steps=2)
+    run = train_tiny(steps=4)
+    for error, kind in ((OSError(errno.EIO, "Input/output error"), OSError), (MemoryError(), MemoryError)):
+        def fail(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "load", fail)
+            with pytest.raises(kind, match="step_0000004.pt cannot be read now: Input" if kind is OSError else None):
+                train_tiny(steps=6)
+    assert newest(train_tiny(steps=6))["step"] == 6
+    assert [line["step"] for line in metrics(run)] == [2, 4, 6]
+
+
+def test_checksums_that_another_program_has_turned_off_are_written(train_tiny):
+    torch.serialization.set_crc32_options(False)
+    try:
+        train_tiny(steps=2)
+        assert newest(train_tiny(steps=3))["step"] == 3
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def test_files_that_another_program_holds_open_are_left_and_the_run_goes_on(train_tiny, monkeypatch, capfd):
+    unlink, replace = pathlib.Path.unlink, os.replace
+    train_tiny(steps=1)
+    (RUN / ".curves.png.1.tmp").touch()
+
+    def held(self, *arguments, **keywords):
+        if self.name.startswith(("step_", ".curves")):
+            raise PermissionError(errno.EACCES, "used by another process")
+        unlink(self, *arguments, **keywords)
+
+    def pinned(source, target):
+        if str(target).endswith("config.json"):
+            raise PermissionError(errno.EACCES, "used by another process")
+        replace(source, target)
+
+    monkeypatch.setattr(pathlib.Path, "unlink", held)
+    monkeypatch.setattr(os, "replace", pinned)
+    assert newest(train_tiny(steps=6, checkpoint_every=2, keep_checkpoints=1))["step"] == 6
+    said = capfd.readouterr()
+    assert "note: runs/images/checkpoints/step_0000002.pt cannot be removed: used by another process" in said.err
+    assert said.out.count("config.json could not be written") == 1
+
+
+def test_a_restart_counts_only_where_torchrun_has_started_the_process(train_tiny, monkeypatch):
+    train_tiny(steps=1)
+    for left in ("1", "abc"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", left)
+        assert train_tiny(steps=1, fresh=True).name != "images"
+
+
+def test_a_file_that_a_run_began_with_is_known_by_another_name_of_its_path(train_tiny, tmp_path):
+    run = train_tiny(steps=2, out="first")
+    begun = train_tiny(steps=1, initial_checkpoint="first", latent_dim=8)
+    assert train_tiny(steps=2, initial_checkpoint=str(tmp_path / "first"), latent_dim=8) == begun
+    path = newest_path(run)
+    train_tiny(steps=3, resume=str(path), out="second")
+    assert newest(train_tiny(steps=4, resume=str(tmp_path / path), out="second"))["step"] == 4
+
+
+def newest_path(run):
+    return max((run / "checkpoints").glob("step_*.pt"))
+
+
+def test_a_run_of_the_same_name_with_damaged_checkpoints_is_no_matter_to_another(train_tiny, tmp_path):
+    newest_path(train_tiny(steps=1)).write_text("x")
+    save_picture(tmp_path / "b" / "images" / "x.png")
+    assert train_tiny(steps=1, data=str(tmp_path / "b" / "images")) == pathlib.Path("runs/images-2")
+
+
+def test_a_group_of_processes_that_the_caller_has_made_stays(image_folder, tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert training.main(["--data", str(image_folder), *tiny_arguments(steps=1)]) == 0
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_that_cannot_be_joined_are_said_in_one_line(image_folder, monkeypatch, capfd):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}.items():
+        monkeypatch.setenv(name, value)
+    assert training.main(["--data", str(image_folder), *tiny_arguments(steps=1)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("the other processes cannot be joined at localhost:99999: ")
+
+
+def test_a_process_that_may_start_no_thread_trains(train_tiny, monkeypatch):
+    run = train_tiny(steps=1)
+
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    assert newest(train_tiny(steps=2, out=str(run)))["step"] == 2
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+def test_disks_that_refuse_to_synchronise_anything_are_used(train_tiny, monkeypatch, capfd, call):
+    real = getattr(os, call)
+
+    def fail(first, *arguments, **keywords):
+        if call == "fsync" or os.path.isdir(first):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(first, *arguments, **keywords)
+
+    monkeypatch.setattr(os, call, fail)
+    assert newest(train_tiny(steps=1))["step"] == 1
+    assert "cannot be synchronised ([Errno 22] Invalid argument)" in capfd.readouterr().err
+
+
+def test_a_disk_that_cannot_map_files_is_read(train_tiny, monkeypatch):
+    mapped = newest(train_tiny(steps=2))
+
+    def fail(*_, **__):
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr("image_data.mmap.mmap", fail)
+    assert_same(newest(train_tiny(steps=2, out="read")), mapped)
+
+
+def test_a_disk_that_has_told_what_is_free_is_full_where_it_tells_nothing(train_tiny, monkeypatch):
+    left = iter([10**12, 0, 0])
+    monkeypatch.setattr(run_log, "free_bytes", lambda path: next(left))
+    (line,) = alarms_of(train_tiny(steps=3, log_every=1))
+    assert line["step"] == 2
+
+
+def test_too_little_memory_anywhere_in_training_is_one_line(image_folder, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(training, "GAN", fail)
+    assert training.main(["--data", str(image_folder), *tiny_arguments(steps=1)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("training with --batch-size 4 and --image-size 32 does not fit into memory: MemoryError. ")
+
+
+def test_a_block_of_another_device_around_a_run_changes_nothing(train_tiny, image_folder):
+    plain = train_tiny(steps=2)
+    with torch.device("meta"):
+        run = train_tiny(steps=2, out="other")
+        assert generate.main([str(run), "--num-images", "1"]) == 0
+        assert torch.empty(0).device.type == "meta"
+    assert_same(newest(run), newest(plain))
+
+
+@pytest.mark.parametrize("threads", ["", "abc", "0"])
+def test_a_number_of_threads_that_is_none_is_no_number(monkeypatch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(devices, "num_cpus", lambda: 1)
+    torch.set_num_threads(2)
+    devices.limit_threads()
+    assert torch.get_num_threads() == 1
