@@ -63,8 +63,9 @@ def class_gaussians(vae, data, wanted, *, report):
 
 def learned_classes(vae, wanted):
     """Returns the ClassGaussian of each class asked for, for a VAE that has learned classes; see class_gaussians."""
-    vectors, root = vae.classes.weight.detach().double(), torch.eye(vae.latent_dim, dtype=torch.float64)
-    return [ClassGaussian(vae.class_names[row], row, vectors[row], root) for row in _rows(wanted, vae.class_names)]
+    rows, root = list(_rows(wanted, vae.class_names)), torch.eye(vae.latent_dim, dtype=torch.float64)
+    means = vae.class_latents(torch.tensor(rows, device=vae.mu.weight.device)).detach().double()
+    return [ClassGaussian(vae.class_names[row], row, mean, root) for row, mean in zip(rows, means, strict=True)]
 
 
 def _rows(wanted, names):

@@ -61,7 +61,7 @@ def program_output():
         try:
             print(end="", flush=True)
         except OSError:  # the reader has gone; Python would complain once more when it exits
-            if sys.stdout is sys.__stdout__:
+            if sys.stdout.fileno() == 1:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import distributed
 from losses import gradient_penalty
-from model_definitions import CNNParamTanh, halved, resized
+from model_definitions import CLASS_SCALE, CNNParamTanh, halved, resized
 from randomness import random_generator
 from synthetic_video import frame_matrices, synthetic_video
 
@@ -149,7 +149,8 @@ def written_out_gradient(critic, images, labels=None):
                 path.append(F.max_unpool2d((pooled > 0).to(pooled.dtype), indices, 2))
     gradient, of_images = critic.score.weight.to(features.dtype).view(1, *features.shape[1:]).expand_as(features), None
     if labels is not None:
-        gradient = gradient + (critic.classes(labels) / features[0, 0].numel()).to(features.dtype)[:, :, None, None]
+        of_classes = CLASS_SCALE * critic.classes(labels) / features[0, 0].numel()
+        gradient = gradient + of_classes.to(features.dtype)[:, :, None, None]
     for index, passed in reversed(list(enumerate(path))):
         with plain:
             gradient = F.interpolate(gradient, scale_factor=2) * passed

@@ -17,8 +17,8 @@ CNN's video always has the smallest size, and alpha is enlarged: a video of 64 p
 
 With num_classes K, the decoder adds a learned vector of its class to z, and the critic adds to the score the product of a
 learned vector with the means of the last maps (a projection, as Miyato and Koyama 2018, arXiv:1802.05637, without the norm).
-These vectors start at zero, where the networks are those without classes. The encoder does not see the class. Labels y are
-int64 (N,), from 0 to K - 1.
+These vectors are CLASS_SCALE times weights that start at zero, where the networks are those without classes. The encoder
+does not see the class. Labels y are int64 (N,), from 0 to K - 1.
 
 This file is plain PyTorch and can be changed freely: faster forms of these computations are in fast_paths.py and are used
 only where they give the same numbers. There is no batch normalization, because the gradient penalty treats each sample on
@@ -41,6 +41,7 @@ INITIAL_ALPHA = 3.0  # tanh(3) = 0.995, so the first images can already be nearl
 CNN_FILTERS = 2
 CNN_MAP = 16  # height and width of the map that the CNN's Linear layer takes
 LARGEST_VIDEO = 2**28  # T * W * W: numbers in the matrices that make a video, 1 GiB
+CLASS_SCALE = 4.0  # of the vectors of classes: Adam moves all weights alike, and these need to go further
 ROUNDING = 1e-3  # by which images may leave [0, 1]
 LOGVAR_RANGE = (-10.0, 6.0)  # standard deviations from 0.007 (almost no noise) to 20 (almost only noise)
 
@@ -480,7 +481,7 @@ def _vectors_of(classes, y):
         raise ValueError("labels are given, and the network has no classes: --class-conditional trains one that has")
     if y.is_cpu and not torch.compiler.is_compiling() and len(y) and not 0 <= y.min() <= y.max() < classes.num_embeddings:
         raise ValueError(f"expected labels from 0 to {classes.num_embeddings - 1}, got {y.tolist()}")
-    return classes(y)
+    return CLASS_SCALE * classes(y)
 
 
 def halved(images):

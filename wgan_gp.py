@@ -145,7 +145,8 @@ class GAN:
         if decoded.alpha is not None:
             metrics["alpha"] = decoded.alpha.mean()
         if labels:  # how far apart the classes are, in standard deviations of the noise
-            centres = self.generator.classes.weight
+            every = torch.arange(self.generator.classes.num_embeddings, device=z.device)
+            centres = self.generator.class_latents(every).detach()
             metrics["class_distance"] = torch.linalg.vector_norm(centres - centres.mean(dim=0), dim=1).mean()
         return loss, metrics
 

@@ -22,7 +22,7 @@ from fast_paths import use_fast_layers, written_out_gradient
 from image_data import class_labels, load_images
 from image_files import DataError
 from losses import kl_divergence
-from model_definitions import VAE, Discriminator
+from model_definitions import CLASS_SCALE, VAE, Discriminator
 from randomness import drawn_labels, latent_noise
 
 COLOURS = {"blue": (20, 30, 220), "green": (30, 190, 40), "red": (220, 40, 30)}
@@ -75,7 +75,7 @@ def test_labels_change_images_and_scores():
     assert gan.critic(images, y).unique().numel() == 3
     one = gan.critic(images[:1], y[1:2]) - gan.critic(images[:1])
     features = gan.critic.blocks(2 * images[:1] - 1).mean(dim=(2, 3))
-    assert torch.allclose(one, (features * gan.critic.classes.weight[1]).sum(), atol=1e-5)
+    assert torch.allclose(one, (CLASS_SCALE * features * gan.critic.classes.weight[1]).sum(), atol=1e-5)
 
 
 @pytest.mark.parametrize("network", ["generator", "critic"])
@@ -122,7 +122,7 @@ def test_encodings_are_drawn_towards_their_class():
     real, y = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     _, found = gan.generator_losses(real, torch.randn(4, 8), torch.randn(4, 8), torch.rand(4, 7), y)
     mu, logvar = gan.generator.encode(real)
-    expected = kl_divergence(mu - gan.generator.classes(y), logvar)
+    expected = kl_divergence(mu - CLASS_SCALE * gan.generator.classes(y), logvar)
     assert found["kl_divergence"].item() == pytest.approx(expected.item(), rel=1e-4)
     assert found["class_distance"] > 1
 

@@ -414,13 +414,13 @@ def alarms_of(run):
 
 
 def test_a_run_that_stands_still_is_said_once_and_logged(train_tiny, monkeypatch, capfd):
-    monkeypatch.setattr(run_log, "STANDS_STILL", 0.5)
+    monkeypatch.setattr(run_log, "STANDS_STILL", 2)
     monkeypatch.setattr(run_log, "LOOKED_EVERY", 0.05)
     take_step = training.training_step
 
     def slow(gan, images, step, *arguments):
         if step == 2:
-            time.sleep(2)
+            time.sleep(5)
         return take_step(gan, images, step, *arguments)
 
     monkeypatch.setattr(training, "training_step", slow)
