@@ -159,17 +159,25 @@ def _compared(real, fake, known, new, seed, *, patches):
 
 def _described(images, pairs, generator, label):
     """Returns the thumbnails of _Images, and patches of so many even and so many odd ones, the first."""
-    small, even, odd = [], defaultdict(list), defaultdict(list)
+    small, even, odd = {}, {}, {}
     per_image = max(1, min(image_metrics.PATCHES_PER_IMAGE, MOST_PATCHES // max(1, pairs)))
     for some in tqdm(torch.arange(images.count).split(BATCH), desc=label, leave=False, disable=None):
-        part = images.of(some)
-        small.append(image_metrics.thumbnails(part))
+        part, start = images.of(some), some[0].item()
+        _fill(small, None, images.count, start, image_metrics.thumbnails(part))
         for found, first in ((even, 0), (odd, 1)):  # BATCH is even
-            chosen = part[first::2][:max(0, pairs - some[0].item() // 2)]
+            chosen = part[first::2][:max(0, pairs - start // 2)]
             if len(chosen):
                 for side, patches in image_metrics.patches(chosen, generator=generator, per_image=per_image).items():
-                    found[side].append(patches)
-    return torch.cat(small), *({side: torch.cat(parts) for side, parts in found.items()} for found in (even, odd))
+                    _fill(found, side, pairs * per_image, start // 2 * per_image, patches)
+    return small[None], even, odd
+
+
+def _fill(found, key, length, start, rows):
+    """Puts rows in their place in a tensor of full length. A list of parts, joined at the end, would need twice as much."""
+    whole = found.setdefault(key, torch.empty(0))
+    if not len(whole):
+        whole = found[key] = torch.empty(length, *rows.shape[1:])
+    whole[start:start + len(rows)] = rows
 
 
 def _thumbnails(images, label):
