@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import pathlib
+import tempfile
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ from image_files import (
 )
 from image_sizes import CHANNELS, as_pair, plain_size, size_text
 from randomness import random_generator
-from safe_files import atomic_write, free_bytes, lock_folder, lock_of, remove_temporary_files, too_few
+from safe_files import atomic_write, check_writable, free_bytes, lock_folder, lock_of, remove_temporary_files, too_few
 from video_files import pyav_fault
 from video_frames import VIDEO_EXTENSIONS, is_film, open_film, sampled
 
@@ -222,12 +223,20 @@ def load_images(folder, image_size, *, cache_dir, skip_bad=False, channels=3, re
 
 
 def decode_folder(folder, image_size, *, cache_dir, channels=3, resize_mode="crop", video_fps=None):
-    """Decodes every image of a folder into the cache; returns what it has Found and the FileFacts of each image.
+    """Decodes every image of a folder into the cache, where there can be one.
+
+    Returns what it has Found and the FileFacts of each image.
 
     Arguments and errors as for load_images, but for those about images that cannot be read.
     """
-    cache = _Cache(folder, image_size, cache_dir, channels, resize_mode, None, video_fps)
-    with cache.held():
+    with contextlib.ExitStack() as held:
+        try:
+            check_writable(cache_dir)
+        except OSError as error:
+            say(f"note: --cache-dir: {error}; nothing is kept")
+            cache_dir = held.enter_context(tempfile.TemporaryDirectory())
+        cache = _Cache(folder, image_size, cache_dir, channels, resize_mode, None, video_fps)
+        held.enter_context(cache.held())
         return cache.found, cache.build()
 
 

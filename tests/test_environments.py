@@ -726,3 +726,13 @@ def test_a_number_of_threads_that_is_none_is_no_number(monkeypatch, threads):
     torch.set_num_threads(2)
     devices.limit_threads()
     assert torch.get_num_threads() == 1
+
+
+def test_a_folder_can_be_checked_where_no_cache_can_be_kept(image_folder, capfd):
+    pathlib.Path("file").write_text("x")
+    arguments = ["--data", str(image_folder), "--image-size", "32", "--check-data"]
+    assert training.main([*arguments, "--cache-dir", "file/below"]) == 0
+    said = capfd.readouterr().out
+    assert "note: --cache-dir: " in said
+    assert "nothing is kept" in said
+    assert "10 images, 0 of them cannot be read" in said
