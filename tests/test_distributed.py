@@ -81,7 +81,8 @@ def test_two_processes_take_the_steps_of_one_with_the_joined_batch(num_classes):
     one, first, second = (torch.load(name, weights_only=True) for name in ("one0", "two0", "two1"))
     assert all(torch.equal(a, b) for a, b in zip(flat(first), flat(second), strict=True))
     for alone, together in zip(flat(one), flat(first), strict=True):
-        torch.testing.assert_close(together, alone, rtol=1e-8, atol=1e-8)
+        bound = 1e-9 if num_classes else 1e-10  # Adam makes more of rounding in weights that begin at zero
+        torch.testing.assert_close(together, alone, rtol=bound, atol=bound)
     assert max(tensor.abs().max() for tensor in one[0][2].values()) > 0.1  # there were gradients to compare
 
 
