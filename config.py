@@ -161,8 +161,11 @@ class Config(Settings):
     ema_ramp: float = option(0.1, "training", "the half-life is at most this part of the images seen", metavar="X", above=0)
 
     log_every: int = option(50, "output", "steps between lines of metrics.jsonl", metavar="STEPS", minimum=1)
-    sample_every: int = option(500, "output", "steps between sample grids", metavar="STEPS", minimum=1)
-    checkpoint_every: int = option(500, "output", "steps between checkpoints", metavar="STEPS", minimum=1)
+    sample_every: int | None = option(None, "output", "steps between pictures of samples and curves; not given: as often as "
+                                                      "2.5% of the time allows", metavar="STEPS", minimum=1)
+    checkpoint_every: int | None = option(None, "output", "steps between checkpoints; not given: as often as 2.5% of the "
+                                                          "time allows, at least every 10 minutes", metavar="STEPS",
+                                          minimum=1)
     keep_checkpoints: int = option(2, "output", "newest checkpoints kept", metavar="N", minimum=1)
     evaluate_every: int | None = option(None, "output", "steps between measurements of quality, at the full size of the "
                                                         "images; the best generator is kept as checkpoints/best.pt",
@@ -198,8 +201,7 @@ class Config(Settings):
 
 
 # What --demo changes, where the command line does not say otherwise: a minute or two on two CPU cores.
-DEMO = {"image_size": 32, "base_size": 32, "steps": 2_200, "ema_half_life_images": 500.0, "sample_every": 200,
-        "checkpoint_every": 1_000}
+DEMO = {"image_size": 32, "base_size": 32, "steps": 2_200, "ema_half_life_images": 500.0}
 
 
 def option_name(field_name):

@@ -35,10 +35,49 @@ NO_CURVES = ("step", "images", "image_size", "elapsed_seconds", "alarm")
 STANDS_STILL, TIMES_AS_LONG, LOOKED_EVERY = 300, 10, 10  # seconds without a step; as steps take; seconds
 JUDGED_AFTER = 32_000  # images: earlier, images of a good run can look alike
 MOST_KNOWN = 4_000  # training images that samples are compared with
+SHARE = 0.025  # of the time, at most, for pictures, and as much for checkpoints
+FIRST_OUTPUT, MOST_BETWEEN_CHECKPOINTS = 60, 600  # seconds
 
 
 class TrainingError(ValueError):
     """The run cannot start, or cannot go on; the message says why and what would do."""
+
+
+class Pace:
+    """When something is done that takes time: every so many steps or, where `every` is None, as often as SHARE allows.
+
+    How long it takes is known from the last time; the first time is after FIRST_OUTPUT seconds.
+
+    Args:
+        every: a number of steps, or None.
+        longest: seconds after which it is done at the latest, where `every` is None.
+
+    Attributes:
+        step: where it was done last, None before.
+    """
+
+    def __init__(self, every, *, longest=math.inf):
+        self.every, self.longest, self.step, self.wait = every, longest, None, FIRST_OUTPUT
+        self.start()
+
+    def start(self):
+        """Begins to wait anew."""
+        self.ended = time.perf_counter()
+
+    def is_due(self, step):
+        """Whether it is to be done after this step. Rank 0 tells the others, whose clocks may differ."""
+        if self.every is not None:
+            return step % self.every == 0
+        waited = time.perf_counter() - self.ended
+        return bool(distributed.all_reduce_max(int(distributed.rank() == 0 and waited >= self.wait)))
+
+    @contextlib.contextmanager
+    def timed(self, step):
+        """Runs a block that does it."""
+        started = time.perf_counter()
+        yield
+        self.start()
+        self.step, self.wait = step, min((self.ended - started) * (1 / SHARE - 1), self.longest)
 
 
 class RunLog:
@@ -58,6 +97,7 @@ class RunLog:
     Attributes:
         step, images_seen: done so far.
         total_steps: where the run ends.
+        saving, drawing: when checkpoints are written and pictures drawn, each a Pace.
         labels: with classes, a list of one tensor, the number of each image's class (M,); else an empty list.
     """
 
@@ -75,6 +115,8 @@ class RunLog:
         self.images_per_step = config.batch_size * config.critic_steps
         self.total_steps = (config.steps if config.epochs is None
                             else math.ceil(config.epochs * len(data.images) / self.images_per_step))
+        self.saving = Pace(config.checkpoint_every, longest=MOST_BETWEEN_CHECKPOINTS)
+        self.drawing = Pace(config.sample_every)
         self.steps_since_last_line = 0
         self.step_seconds = {}  # of each size to come
         self.class_names, self.labels, self.sample_labels = class_names, [], []
@@ -180,6 +222,8 @@ class RunLog:
                 bar_format=GROWING_BAR if len(self.gan.growth.sides) > 1 else None))
             self.start = self.last_line = time.perf_counter()
             self.last_step = self.start, 0.0
+            self.saving.start()
+            self.drawing.start()
             if self.is_rank_zero:
                 held.enter_context(self._watched())
             yield
@@ -284,10 +328,11 @@ class RunLog:
         if not self.is_rank_zero:
             return
         started = time.perf_counter()
-        with self._optional("samples"):
-            self._draw_samples()
-        with self._optional("curves.png"):
-            draw_curves(self.out)
+        with self.drawing.timed(self.step):
+            with self._optional("samples"):
+                self._draw_samples()
+            with self._optional("curves.png"):
+                draw_curves(self.out)
         self.last_line += time.perf_counter() - started  # drawing is not counted in images per second
 
     @torch.no_grad()
@@ -395,12 +440,13 @@ class RunLog:
 
     def save(self):
         """Writes a checkpoint, unless something in it is not finite."""
-        self._mean_metrics()
-        if not all(tensor.isfinite().all() for tensor in self.gan.tensors()):
-            raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
-        if self.is_rank_zero:
-            save_checkpoint(self.out / "checkpoints", self.step, self._facts() | self.gan.state(),
-                            keep=self.config.keep_checkpoints)
+        with self.saving.timed(self.step):
+            self._mean_metrics()
+            if not torch.stack([tensor.isfinite().all() for tensor in self.gan.tensors()]).all():  # the device is read once
+                raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
+            if self.is_rank_zero:
+                save_checkpoint(self.out / "checkpoints", self.step, self._facts() | self.gan.state(),
+                                keep=self.config.keep_checkpoints)
 
     def _facts(self):
         """What a checkpoint holds beside the state of the networks."""
@@ -419,10 +465,10 @@ class RunLog:
                 "image_set": self.data.digest, "first_side": self.gan.growth.sides[0], "learned_side": self.gan.side}
 
     def keep_step(self):
-        """Saves and draws this step, where it was not its turn."""
-        if not self.is_due(self.config.checkpoint_every):
+        """Saves and draws this step, where that is not done yet."""
+        if self.saving.step != self.step:
             self.save()
-        if not self.is_due(self.config.sample_every):
+        if self.drawing.step != self.step:
             self.draw_samples()
 
     def lack_of_memory_said(self):
@@ -433,12 +479,13 @@ class RunLog:
             f"The newest checkpoint in {self.out / 'checkpoints'} is from before; a smaller --batch-size can go on from it")
 
     def finish(self):
-        """Logs, saves and draws the last step, where it was not its turn, and prints how the run has ended."""
+        """Logs, saves and draws the last step, where that is not done yet, and prints how the run has ended."""
         if self.step > 0:
             if self.pending:
                 self._write_line()  # and keeps what is pending: the line is written anew when the run goes on
+            drawn = self.drawing.step == self.step
             self.keep_step()
-            if self.is_due(self.config.sample_every) and self.is_rank_zero:
+            if drawn and self.is_rank_zero:
                 with self._optional("curves.png"):
                     draw_curves(self.out)  # with the line just written
         again = "the same command without --fresh" if self.config.fresh else "the same command"

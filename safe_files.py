@@ -7,9 +7,11 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import time
 
 from filelock import FileLock, Timeout
 
+PATIENCE = 1 if os.name == "nt" else 0  # seconds
 UNKNOWN_CALL = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems answer to calls that they do not have
 
 
@@ -33,13 +35,26 @@ def atomic_write(path, *, bytes_needed=None):
                 if error.errno not in UNKNOWN_CALL:
                     raise
                 _not_synchronised(temporary, error)
-        os.replace(temporary, path)
+        _replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
         raise _not_written(path, error, bytes_needed) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary, path):
+    """Renames a file. Where another program holds one of the two, as viewers and virus scanners do on Windows, it waits."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)
 
 
 def check_writable(folder):

@@ -1,0 +1,95 @@
+import pytest
+from helpers import assert_same, newest
+
+import run_log
+import safe_files
+from run_log import Pace
+from safe_files import atomic_write
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    seconds = [1000.0]
+    monkeypatch.setattr(run_log.time, "perf_counter", lambda: seconds[0])
+    return seconds
+
+
+def test_what_takes_time_takes_a_fortieth_of_it(clock):
+    pace, done, takes, start = Pace(None), 0.0, 1.5, clock[0]
+    for step in range(20_000):
+        clock[0] += 0.1
+        if pace.is_due(step):
+            with pace.timed(step):
+                clock[0] += takes
+                done += takes
+    assert 0.02 < done / (clock[0] - start) <= 0.025
+
+
+def test_a_checkpoint_is_made_at_least_every_ten_minutes(clock):
+    pace, saved = Pace(None, longest=run_log.MOST_BETWEEN_CHECKPOINTS), []
+    for step in range(400):
+        clock[0] += 10
+        if pace.is_due(step):
+            with pace.timed(step):
+                clock[0] += 60  # a slow disk
+            saved.append(clock[0])
+    between = [later - earlier for earlier, later in zip(saved, saved[1:], strict=False)]
+    assert between
+    assert max(between) <= 600 + 10 + 60
+
+
+def test_a_number_of_steps_is_obeyed_to_the_step(clock):
+    pace = Pace(3)
+    assert [step for step in range(1, 10) if pace.is_due(step)] == [3, 6, 9]
+
+
+def test_the_first_time_is_after_a_minute_and_other_processes_do_as_the_first_one(clock, monkeypatch):
+    pace = Pace(None)
+    clock[0] += 59
+    assert not pace.is_due(1)
+    clock[0] += 1
+    assert pace.is_due(2)
+    monkeypatch.setattr(run_log.distributed, "rank", lambda: 1)
+    assert not pace.is_due(3)
+    monkeypatch.setattr(run_log.distributed, "all_reduce_max", lambda own: max(own, 1))
+    assert pace.is_due(4)
+
+
+def test_outputs_as_often_as_time_allows_change_nothing_and_none_is_made_twice(train_tiny, monkeypatch):
+    drawn, saved = [], []
+    for name, found in (("_draw_samples", drawn), ("_facts", saved)):
+        method = getattr(run_log.RunLog, name)
+        monkeypatch.setattr(run_log.RunLog, name, lambda log, method=method, found=found: (
+            found.append(log.step), method(log))[1])
+    often = {"sample_every": None, "checkpoint_every": None, "image_size": 64, "grow_every_images": 8}
+    rarely = train_tiny(steps=5, out="rarely", **often)
+    assert (drawn, saved) == ([0, 2, 5], [2, 5])  # the growth and the end
+    monkeypatch.setattr(run_log, "FIRST_OUTPUT", 0)
+    monkeypatch.setattr(run_log, "SHARE", 1)
+    del drawn[:], saved[:]
+    always = train_tiny(steps=5, out="always", **often)
+    assert (drawn, saved) == ([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
+    assert_same(newest(rarely), newest(always))
+
+
+def test_a_file_that_another_program_holds_for_a_moment_is_waited_for(tmp_path, monkeypatch):
+    replace, refused = safe_files.os.replace, []
+
+    def held(source, target):
+        if len(refused) < 3:
+            refused.append(target)
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(safe_files.os, "replace", held)
+    for patience in (0, 5):
+        monkeypatch.setattr(safe_files, "PATIENCE", patience)
+        del refused[:]
+        if patience:
+            with atomic_write(tmp_path / "a.png") as file:
+                file.write(b"new")
+        else:
+            with pytest.raises(OSError, match="could not be written"), atomic_write(tmp_path / "a.png") as file:
+                file.write(b"new")
+    assert (tmp_path / "a.png").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
