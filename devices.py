@@ -9,39 +9,57 @@ import threading
 
 import torch
 
+from safe_files import say_once
+
 
 class DeviceError(ValueError):
     """There is no such device here; the message says which there are."""
 
 
 def pick_device(name, *, local_rank=0):
-    """Returns the torch.device of a name in config.DEVICES, or of one GPU, such as cuda:1; "auto" takes the fastest kind.
+    """Returns the torch.device of a name in config.DEVICES, or of one GPU, such as cuda:1; "auto" takes a GPU or the CPU.
 
     Args:
         name: cuda without a number is GPU number local_rank.
         local_rank: of this process among those on this machine.
 
     Raises:
-        DeviceError: not available; or autocast is on, and blocks of autocast in it would keep casts of weights of before.
+        DeviceError: not available, or it cannot compute, as a GPU that this torch has no kernels for; or autocast is on, and
+            blocks of autocast in it would keep casts of weights of before.
     """
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         raise DeviceError("--device: torch.autocast is on around this call; --precision is what sets the precision here, so "
                           "leave that block first")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     kind, _, number = name.partition(":")
+    if name == "auto":
+        kind = "cuda" if available["cuda"] else "cpu"
     if not available[kind]:
         names = ", ".join(kind for kind in available if available[kind])
         built = "" if kind != "cuda" or torch.version.cuda else (
             ": this torch is built without it; https://pytorch.org/get-started says how to install one that has it")
         raise DeviceError(f"--device: {kind} is not available here{built}; there is {names}")
-    if kind != "cuda":
-        return torch.device(kind)
-    number = int(number or local_rank)
-    if number >= torch.cuda.device_count():
-        raise DeviceError(f"--device: there is no cuda:{number}; there are {torch.cuda.device_count()}, one for a process")
-    return torch.device("cuda", number)
+    device = torch.device(kind)
+    if kind == "cuda":
+        number = int(number or local_rank)
+        if number >= torch.cuda.device_count():
+            there = torch.cuda.device_count()
+            raise DeviceError(f"--device: there is no cuda:{number}; there are {there}, one for a process")
+        device = torch.device("cuda", number)
+    if fault := _cannot_compute(device):
+        if name != "auto":
+            raise DeviceError(f"--device: {fault}")
+        say_once(f"note: {fault}; the CPU is used")
+        device = torch.device("cpu")
+    return device
+
+
+def _cannot_compute(device):
+    """What is wrong with a device, None where it computes: torch counts GPUs that it has no kernels for."""
+    try:
+        return None if torch.ones(1, device=device).add(1).item() == 2 else f"{device} does not compute 1 + 1"
+    except RuntimeError as error:
+        return f"{device} cannot be used: {str(error).splitlines()[0]}"
 
 
 def pick_precision(device):
@@ -146,9 +164,10 @@ def lack_of_memory_said(what, advice):
 
 @contextlib.contextmanager
 def usual_settings():
-    """Runs a block, or a function, with torch's own default type and device, and with gradients.
+    """Runs a block, or a function, with torch's own default type and device, with gradients, and with exact convolutions.
 
-    A program around it may have set others, and has them again afterwards.
+    A program around it may have set others, and has them again afterwards. On NVIDIA's GPUs from Ampere on, torch computes
+    convolutions in float32 with 10 bits of mantissa, TF32, where nobody asks for more.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
@@ -157,12 +176,31 @@ def usual_settings():
     # Within a block of another device, every call passes through this one, which takes time.
     on_cpu = contextlib.nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
     try:
-        with torch.inference_mode(False), torch.enable_grad(), on_cpu:
+        with torch.inference_mode(False), torch.enable_grad(), on_cpu, _without_tf32():
             yield
     finally:
         torch.set_default_dtype(dtype)
         if device.type != "cpu":
             torch.set_default_device(device)
+
+
+@contextlib.contextmanager
+def _without_tf32():
+    """Sets what torch has of old and of new for it, which are refused where they differ."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    try:
+        allowed = cudnn.allow_tf32
+    except RuntimeError:  # they differ
+        allowed = None
+    cudnn.allow_tf32 = False
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if allowed is not None:
+            cudnn.allow_tf32 = allowed
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 def limit_threads():

@@ -45,8 +45,9 @@ def start(device):
             store, own_rank, size = next(rendezvous("env://", timeout=TIMEOUT))
             # torchrun keeps the store when it restarts the processes, and in it the addresses of those that are gone.
             store = dist.PrefixStore(f"attempt {num_restarts()}", store)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, store=store,
-                                    rank=own_rank, world_size=size)
+            nccl = device.type == "cuda" and dist.is_nccl_available()  # on Windows it is not
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=TIMEOUT, store=store, rank=own_rank,
+                                    world_size=size)
         except Exception as error:  # to be raised where the thread is waited for
             failed.append(error)
 

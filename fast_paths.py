@@ -5,6 +5,7 @@ and losses can be changed without looking at this file.
 """
 import copy
 import functools
+import gc
 import math
 from typing import NamedTuple
 
@@ -19,7 +20,9 @@ from randomness import random_generator
 from synthetic_video import frame_matrices, synthetic_video
 
 SAME = 1e-6  # largest relative difference between two forms of one computation in float64
-SAME_UPDATE = {"float32": 1e-3, "bfloat16": 5e-2}  # the same for whole updates; bfloat16 rounds to 0.4%
+SAME_UPDATE = {"float32": 1e-3, "bfloat16": 5e-2}  # the same for metrics and gradients; bfloat16 rounds to 0.4%
+RATES = 0.5, 0.25  # of the rate at which an update may have been captured
+SAME_STATE = 0.1  # the same for what updates change, whose errors are those of gradients, and add up
 LARGEST_COMPARED = 128  # pixels a side at which layers are compared; the matrices of larger images take long to make
 BLOCK_PIXELS = 1024  # of each frame at a time, so that they stay in the cache
 GRAPH_WARM_UPS = 3  # runs before a capture, so that libraries have chosen their algorithms and reserved their memory
@@ -55,24 +58,25 @@ def use_fast_output_layers(*networks, report):
 
 def _is_same(compare, plain, report):
     """Whether the pairs of tensors (actual, expected) that `compare` returns are equal up to rounding; reports if not."""
-    fault = _fault(compare, SAME)
+    fault = _fault(lambda: ((*pair, SAME) for pair in compare()))
     if fault:
         report(f"warning: training goes on with {plain}, which is slower: {fault}")
     return not fault
 
 
-def _fault(compare, tolerance, *, catch=True):
-    """What is wrong with the pairs of tensors (actual, expected) that `compare` returns, None where nothing is."""
+def _fault(compare, *, catch=True):
+    """What is wrong with what `compare` returns, None where nothing is: tensors (actual, expected, relative tolerance)."""
     try:
-        difference = torch.stack([torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected)
-                                  for actual, expected in compare()]).max().item()
+        found = [((torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected)).item(), tolerance)
+                 for actual, expected, tolerance in compare()]
     except Exception as error:  # no such layer, no compiler, no memory, an operation that cannot be captured
         if not catch:
             raise
         while error.__context__:  # the end of a failed capture raises again; the first error says more
             error = error.__context__
         return " ".join(str(error).split())[:200] or type(error).__name__
-    return None if difference <= tolerance else f"the results of the faster form differ by {difference:.1%}"  # fails for NaN
+    wrong = [difference for difference, tolerance in found if not difference <= tolerance]  # NaN too
+    return f"the results of the faster form differ by {max(wrong):.1%}" if wrong else None
 
 
 def _compare_penalties(critic):
@@ -109,13 +113,18 @@ def _compare_layers(layer):
 
 
 def _moved_copy(module):
-    """Returns a copy in float64 on the CPU with other weights, so that parts that start at zero count too."""
+    """Returns a copy in float64 on the CPU with noise on its weights, so that parts that start at zero count too."""
     module = copy.deepcopy(module).to("cpu", torch.float64)
-    with torch.no_grad():
-        for index, parameter in enumerate(module.parameters()):
-            noise = torch.randn(parameter.shape, dtype=torch.float64, generator=random_generator("fast paths", index))
-            parameter += noise / max(1, parameter[0].numel() if parameter.dim() else 1) ** 0.5
+    add_noise(module)
     return module
+
+
+@torch.no_grad()
+def add_noise(module):
+    """Adds noise to all parameters, the same each time, about as large as weights are at the start."""
+    for index, parameter in enumerate(module.parameters()):
+        noise = torch.randn(parameter.shape, dtype=torch.float64, generator=random_generator("fast paths", index))
+        parameter += (noise / max(1, parameter[0].numel() if parameter.dim() else 1) ** 0.5).to(parameter)
 
 
 def written_out_gradient(critic, images, labels=None):
@@ -348,42 +357,81 @@ class CapturedUpdate:
 def use_fast_updates(gan, batches, *, compiled, capture, report):
     """Compiles the losses of a GAN and captures its updates; goes back to the plain ones if results differ or it fails.
 
+    Each update is made twice, with other arguments and at another rate, as a captured one could have kept those of before.
+
     Args:
         gan: a wgan_gp.GAN; keeps the state it has.
-        batches: "critic" and "generator", to the arguments to try each update on.
+        batches: "critic" and "generator", each to a list of two tuples, the arguments to try the update on.
         compiled: whether to use torch.compile.
         capture: CapturedUpdate, or None for no capture.
         report: called with a line of text if the plain updates are kept.
     """
-    for name in batches:  # those for images of the size before
-        vars(gan).pop(f"{name}_losses", None)
-        vars(gan).pop(f"{name}_update", None)
-    saved = [tensor.clone() for tensor in gan.tensors()]
+    optimizers = {"critic": gan.critic_optimizer, "generator": gan.generator_optimizer}
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers.values()]
+    saved, saved_rates = [tensor.clone() for tensor in gan.tensors()], [rate.clone() for rate in rates]
+    stream = torch.cuda.current_stream() if gan.device.type == "cuda" else None
+
+    def use_plain():
+        for name in batches:
+            vars(gan).pop(f"{name}_losses", None)
+            vars(gan).pop(f"{name}_update", None)
 
     def restore():
-        for tensor, before in zip(gan.tensors(), saved, strict=True):
+        for tensor, before in zip([*gan.tensors(), *rates], [*saved, *saved_rates], strict=True):
             tensor.copy_(before)
 
     def results():
-        restore()
+        """Yields tensors that ought to be equal, and the tolerance of each."""
         torch.manual_seed(0)  # for layers that draw random numbers, such as Dropout
-        metrics = [getattr(gan, f"{name}_update")(*arguments) for name, arguments in batches.items()]
-        return [torch.stack(list(values.values())) for values in metrics] + list(gan.gradients().values())
+        for name, optimizer in optimizers.items():
+            restore()
+            for state in optimizer.state.values():  # else the first step of Adam is the sign of the gradient
+                state["step"].fill_(10)
+                state["exp_avg_sq"].fill_(1)
+            before = _changed_by(gan, name)
+            for arguments, factor in zip(batches[name], RATES, strict=True):
+                optimizer.param_groups[0]["lr"].mul_(factor)
+                yield torch.stack(list(getattr(gan, f"{name}_update")(*arguments).values())), tolerance
+                yield gan.gradients()[name], tolerance
+            for after, earlier in zip(_changed_by(gan, name), before, strict=True):
+                yield after - earlier, SAME_STATE
 
     def compare():
-        for name, arguments in batches.items():
+        for name, (arguments, _) in batches.items():
             if compiled:
                 setattr(gan, f"{name}_losses", torch.compile(getattr(gan, f"{name}_losses"), dynamic=False))
             if capture:
                 setattr(gan, f"{name}_update", capture(getattr(gan, f"{name}_update"), arguments))
-        return zip(results(), plain, strict=True)
+        return ((actual, expected, allowed) for (actual, _), (expected, allowed) in zip(results(), plain, strict=True))
 
-    plain = results()
+    use_plain()  # not those for images of the size before
+    tolerance = SAME_UPDATE[gan.config.precision]
+    plain = list(results())
     # One of several processes must not go on without its faster updates: the others have not failed, and would wait for it.
-    fault = _fault(compare, SAME_UPDATE[gan.config.precision], catch=distributed.world_size() == 1)
-    restore()
+    fault = _fault(compare, catch=distributed.world_size() == 1)
     if fault:
-        for name in batches:
-            vars(gan).pop(f"{name}_losses", None)
-            vars(gan).pop(f"{name}_update", None)
-        report(f"warning: training goes on without --compile: {fault}")
+        use_plain()
+        _forget_capture(optimizers.values(), stream)
+        report(f"warning: training goes on without {'--compile' if compiled else 'captured updates'}: {fault}")
+    restore()
+
+
+def _changed_by(gan, name):
+    """Copies of what an update of a network changes, each kind as one vector: weights, running statistics, Adam's state."""
+    networks = (gan.critic,) if name == "critic" else (gan.generator, gan.averaged)
+    state = gan.state()[f"{name}_optimizer"]
+    kinds = [[tensor for tensor in network.state_dict().values() if tensor.is_floating_point()] for network in networks]
+    kinds += [[entry[kind] for entry in state.values()] for kind in ("step", "exp_avg_sq")]
+    return [torch.cat([tensor.flatten() for tensor in kind]) for kind in kinds]
+
+
+def _forget_capture(optimizers, stream):
+    """Leaves the stream of a capture that has failed, which torch does not, and frees its memory."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+        vars(optimizer).pop("found_inf", None)
+    if stream is not None:
+        torch.cuda.set_stream(stream)
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()

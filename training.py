@@ -13,15 +13,15 @@ import torch
 
 import devices
 import distributed
-from augmentation import NUM_AUGMENT_NUMBERS
+from batches import critic_batch, first_batches, generator_batch
 from checkpointing import CheckpointError
 from config import from_command_line
 from console import Interrupt, print_error, program_output, say
 from data_report import check_data
 from demo_images import draw_demo_images
+from device_check import pick_training_device
 from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
-from growth import averaged_to
-from image_data import DataError, as_float_images, as_image_set, batch_indices, to_device, to_device_if_it_fits
+from image_data import DataError, as_image_set, to_device_if_it_fits
 from image_sizes import size_text
 from randomness import random_generator
 from resuming import RunFolderError, classes_of_run, find_run, images_of_run, resolve_settings
@@ -84,9 +84,9 @@ def train(config, *, data=None, interrupt=None, after_step=None):
                     log.write_metrics()
                 if log.is_due(config.evaluate_every):
                     log.measure()
-                if log.is_due(config.checkpoint_every):
+                if log.saving.is_due(log.step):
                     log.save()
-                if log.is_due(config.sample_every):
+                if log.drawing.is_due(log.step):
                     log.draw_samples()
                 if after_step:
                     after_step(log.step, metrics)
@@ -117,30 +117,9 @@ def training_step(gan, images, step, images_seen, *labels):
     return {name: torch.stack([values[name] for values in critic_metrics]).mean() for name in critic_metrics[0]} | metrics
 
 
-def critic_batch(gan, images, step, update, images_seen, *labels):
-    """Returns this process's arguments of GAN.critic_update."""
-    config, n = gan.config, gan.config.batch_size
-    indices = batch_indices(len(images), images_seen, n, seed=config.seed)
-    generator = random_generator(config.seed, "critic", step, update)
-    drawn = (torch.randn(n, config.latent_dim, generator=generator), torch.rand(n, 1, 1, 1, generator=generator),
-             torch.rand(n, NUM_AUGMENT_NUMBERS, generator=generator), *(y[indices] for y in labels))
-    real = as_float_images(images, distributed.shard(indices), gan.device)
-    return (averaged_to(real, gan.side), *(to_device(distributed.shard(tensor), gan.device) for tensor in drawn))
-
-
-def generator_batch(gan, real, step, images_seen, *labels):
-    """Returns this process's arguments of GAN.generator_update; `real` and `labels` are those of the critic's last batch."""
-    config, n = gan.config, gan.config.batch_size
-    generator = random_generator(config.seed, "generator", step)
-    drawn = (torch.randn(n, config.latent_dim, generator=generator), torch.randn(n, config.latent_dim, generator=generator),
-             torch.rand(n, NUM_AUGMENT_NUMBERS, generator=generator))
-    return (real, *(to_device(distributed.shard(tensor), gan.device) for tensor in drawn),
-            to_device(torch.tensor(gan.ema_weight(images_seen)), gan.device), *labels)
-
-
 def _prepare(config, data):
     """Finds device, data and run; returns the config as the run uses it, the GAN as it was saved, and the RunLog."""
-    device = devices.pick_device(config.device, local_rank=distributed.local_rank())
+    device = pick_training_device(config, training_step, report=say)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes never change, so searching the fastest algorithm once pays
@@ -187,9 +166,8 @@ def use_faster_updates(gan, images, *labels):
     # Collective operations have not been tried in a capture.
     captured = gan.config.compile != "off" and gan.device.type == "cuda" and distributed.world_size() == 1
     if compiled or captured:
-        critic = critic_batch(gan, images, 0, 0, 0, *labels)
-        batches = {"critic": critic, "generator": generator_batch(gan, critic[0], 0, gan.config.batch_size, *critic[4:])}
-        use_fast_updates(gan, batches, compiled=compiled, capture=CapturedUpdate if captured else None, report=say)
+        use_fast_updates(gan, first_batches(gan, images, *labels), compiled=compiled,
+                         capture=CapturedUpdate if captured else None, report=say)
 
 
 def main(arguments=None):

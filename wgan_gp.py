@@ -26,7 +26,7 @@ CLASSES = "classes.weight"  # in the state of a network
 class GAN:
     """The networks, the average of the generator (EMA), the optimizers, and one update of each network.
 
-    Updates take tensors and never call .item(): the CPU does not wait for the GPU. Everything a run can set comes from one
+    Updates take tensors and read nothing from a GPU: the CPU does not wait for it. Everything a run can set comes from one
     Config, which this class reads as it is.
 
     Attributes:
@@ -45,10 +45,12 @@ class GAN:
         self.model_arguments = config.model_arguments() | ({"num_classes": num_classes} if num_classes else {})
         self.generator = VAE(**self.model_arguments).to(device)
         self.critic = Discriminator(**critic_arguments(self.model_arguments)).to(device)
-        # Convolutions are fastest in channels_last. The CNN is left out: its input is made frame by frame.
+        # Convolutions are fastest in channels_last; on mps several have been wrong in it. The CNN is left out: its input is
+        # made frame by frame.
         vae = self.generator
         for convolutions in (vae.encoder, vae.inputs, vae.decoder, vae.outputs, self.critic):
-            convolutions.to(memory_format=torch.channels_last)
+            if device.type != "mps":
+                convolutions.to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.generator).requires_grad_(False).eval()
         self.critic_optimizer = make_adam(self.critic, config.critic_learning_rate, config.adam_beta2)
         self.generator_optimizer = make_adam(self.generator, config.generator_learning_rate, config.adam_beta2)
@@ -264,7 +266,8 @@ def make_adam(network, learning_rate, beta2):
     """Returns an Adam whose moments exist from the start, not from the first step on."""
     parameters = list(network.parameters())
     on_cuda = parameters[0].is_cuda
-    rate = torch.tensor(learning_rate, device=parameters[0].device)  # a tensor, so that a captured update reads it anew
+    # A tensor, so that a captured update reads it anew.
+    rate = torch.tensor(learning_rate, dtype=torch.float32, device=parameters[0].device)
     optimizer = torch.optim.Adam(parameters, lr=rate, betas=(ADAM_BETA1, beta2), fused=True, capturable=on_cuda)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -278,7 +281,8 @@ def make_adam(network, learning_rate, beta2):
 def descend(optimizer, loss, metrics):
     """Takes one optimizer step; returns the metrics and the norm of the gradient, detached, as means over all processes.
 
-    Where the loss or the norm is not finite, no weight changes.
+    Where the loss or the norm is not finite, no weight changes: on a GPU fused Adam skips its step, so that the CPU need not
+    wait; elsewhere no step is taken, as fused Adam on mps ignores found_inf in some releases of torch.
     """
     optimizer.zero_grad()
     loss.backward()
@@ -286,6 +290,9 @@ def descend(optimizer, loss, metrics):
     values = torch.stack([loss, *metrics.values()]).detach()
     distributed.all_reduce_mean_([*gradients, values])
     norm = torch.nn.utils.get_total_norm(gradients)
-    optimizer.found_inf = (~torch.isfinite(norm + values[0])).float()  # fused Adam skips its step, on the device
-    optimizer.step()
+    finite = torch.isfinite(norm + values[0])
+    if finite.is_cuda:
+        optimizer.found_inf = (~finite).float()
+    if finite.is_cuda or finite:
+        optimizer.step()
     return dict(zip(metrics, values[1:].unbind(), strict=True)), norm

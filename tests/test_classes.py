@@ -9,6 +9,7 @@ import evaluate
 import generate
 import training
 import wgan_gp
+from batches import critic_batch, generator_batch
 from checkpointing import (
     CheckpointError,
     class_names,
@@ -148,10 +149,10 @@ def test_every_image_keeps_its_class_through_cache_and_batches(colours):
         assert names == list(COLOURS)
         gan = conditional_gan()
         for step in range(5):
-            real, *_, y = training.critic_batch(gan, data.images, step, 0, 4 * step, labels)
+            real, *_, y = critic_batch(gan, data.images, step, 0, 4 * step, labels)
             strongest = real.mean(dim=(2, 3)).argmax(dim=1)  # channel 0 is red, the last of the names
             assert (2 - strongest).tolist() == y.tolist()
-            assert training.generator_batch(gan, real, step, 4, y)[-1] is y
+            assert generator_batch(gan, real, step, 4, y)[-1] is y
 
 
 @pytest.mark.parametrize(("files", "said"), [

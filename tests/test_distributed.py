@@ -15,6 +15,7 @@ from helpers import ROOT, TINY, Child, assert_same, metrics, newest, tiny_argume
 import distributed
 import training
 import wgan_gp
+from batches import critic_batch, generator_batch
 from config import Config
 
 
@@ -54,10 +55,10 @@ def take_steps(name, num_classes):
     torch.set_default_dtype(torch.float64)
     found = []
     for step in range(3):
-        batch = training.critic_batch(gan, images, step, 0, 4 * step, *labels)
+        batch = critic_batch(gan, images, step, 0, 4 * step, *labels)
         assert len(batch[0]) * distributed.world_size() == 4
         found.append(gan.critic_update(*in_float64(batch)))
-        batch = training.generator_batch(gan, batch[0], step, 4 * step + 4, *batch[4:])
+        batch = generator_batch(gan, batch[0], step, 4 * step + 4, *batch[4:])
         found.append(gan.generator_update(*in_float64(batch)))
         found.append(gan.gradients())
     torch.save([found, gan.tensors()], f"{name}{distributed.rank()}")

@@ -7,8 +7,8 @@ from torch import nn
 
 import checkpointing
 import model_definitions
-import training
 import wgan_gp
+from batches import first_batches
 from checkpointing import load_generator
 from fast_paths import CapturedUpdate, VideoConvolution, use_fast_layers, use_fast_updates
 from model_definitions import CNN, VAE, CNNParamTanh, Discriminator
@@ -35,6 +35,50 @@ class Forgetful(Repeated):
         return self.update(*(torch.zeros_like(argument) for argument in self.arguments))
 
 
+class OfItsArguments(Repeated):
+    """A capture that goes on with the arguments that it was made with."""
+
+    def __call__(self, *arguments):
+        return self.update(*self.arguments)
+
+
+class Keeping(Repeated):
+    """A capture that has missed some of the tensors that an update changes."""
+
+    def __init__(self, missed, update, arguments):
+        self.missed = missed(update.__self__)
+        super().__init__(update, arguments)
+
+    def __call__(self, *arguments):
+        before = [tensor.clone() for tensor in self.missed]
+        found = super().__call__(*arguments)
+        for tensor, earlier in zip(self.missed, before, strict=True):
+            tensor.copy_(earlier)
+        return found
+
+
+class AtItsRate(Repeated):
+    """A capture that goes on with the rate that it was made with."""
+
+    def __init__(self, update, arguments):
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers(update.__self__)]
+        self.captured = [rate.clone() for rate in self.rates]
+        super().__init__(update, arguments)
+
+    def __call__(self, *arguments):
+        for rate, captured in zip(self.rates, self.captured, strict=True):
+            rate.copy_(captured)
+        return super().__call__(*arguments)
+
+
+def optimizers(gan):
+    return gan.critic_optimizer, gan.generator_optimizer
+
+
+def adams(kind):
+    return lambda gan: [state[kind] for optimizer in optimizers(gan) for state in optimizer.state.values()]
+
+
 class Failing(Repeated):
     """Fails in the middle of an update of the generator, and again on the way out, as a capture does."""
 
@@ -54,18 +98,16 @@ def gan():
 
 def batches(gan):
     images = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    critic = training.critic_batch(gan, images, 0, 0, 0)
-    return {"critic": critic, "generator": training.generator_batch(gan, critic[0], 0, 4)}
-
+    return first_batches(gan, images)
 
 def two_steps(gan):
-    for _ in range(2):
+    for step in range(2):
         for name, arguments in batches(gan).items():
-            getattr(gan, f"{name}_update")(*arguments)
+            getattr(gan, f"{name}_update")(*arguments[step])
     return gan.state()
 
 
-@pytest.mark.parametrize("capture", [Repeated, Forgetful, Failing])
+@pytest.mark.parametrize("capture", [Repeated, Forgetful, OfItsArguments, Failing])
 def test_neither_an_accepted_nor_a_refused_acceleration_changes_the_state(gan, capture):
     expected = two_steps(tiny_gan())
     said = []
@@ -74,12 +116,38 @@ def test_neither_an_accepted_nor_a_refused_acceleration_changes_the_state(gan, c
     assert_same(two_steps(gan), expected)
 
 
+@pytest.mark.parametrize("capture", [AtItsRate, *(functools.partial(Keeping, missed) for missed in (
+    lambda gan: list(gan.averaged.parameters()), lambda gan: list(gan.generator.parameters()),
+    lambda gan: list(gan.critic.parameters()), adams("exp_avg_sq"), adams("step")))])
+def test_a_capture_that_misses_something_is_noticed(gan, capture):
+    said = []
+    use_fast_updates(gan, batches(gan), compiled=False, capture=capture, report=said.append)
+    assert len(said) == 1
+
+
+def test_a_capture_that_fails_leaves_its_stream_and_its_memory(gan, monkeypatch):
+    tried, called = batches(gan), []
+    gan.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
+    for name in ("set_stream", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *stream, name=name: called.append((name, *stream)))
+    rates = [optimizer.param_groups[0]["lr"].clone() for optimizer in optimizers(gan)]
+    for optimizer in optimizers(gan):
+        optimizer.found_inf = torch.zeros(())  # as a GPU's updates leave it
+    use_fast_updates(gan, tried, compiled=False, capture=Failing, report=lambda said: None)
+    assert called == [("set_stream", "before"), ("synchronize",), ("empty_cache",)]
+    for optimizer, rate in zip(optimizers(gan), rates, strict=True):
+        assert "found_inf" not in vars(optimizer)
+        assert all(parameter.grad is None for parameter in optimizer.param_groups[0]["params"])
+        assert torch.equal(optimizer.param_groups[0]["lr"], rate)
+
+
 def test_it_says_why_it_goes_on_without(gan):
     said = []
     for capture in (Forgetful, Failing):
         use_fast_updates(gan, batches(gan), compiled=False, capture=capture, report=said.append)
-    assert said[0].startswith("warning: training goes on without --compile: the results of the faster form differ by ")
-    assert said[1].startswith("warning: training goes on without --compile: ")
+    assert said[0].startswith("warning: training goes on without captured updates: the results of the faster form differ ")
+    assert said[1].startswith("warning: training goes on without captured updates: ")
     assert "NoneType" in said[1]  # the first error, not the last
 
 
@@ -91,7 +159,7 @@ def test_a_metric_that_is_not_finite_is_noticed(gan):
 
     said = []
     use_fast_updates(gan, batches(gan), compiled=False, capture=Poisoned, report=said.append)
-    assert said == ["warning: training goes on without --compile: the results of the faster form differ by nan%"]
+    assert said == ["warning: training goes on without captured updates: the results of the faster form differ by nan%"]
 
 
 @pytest.mark.parametrize("part", ["critic_losses", "generator_losses", "critic_update", "generator_update"])

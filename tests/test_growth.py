@@ -28,6 +28,7 @@ from torch.nn import functional as F
 import evaluate
 import generate
 import training
+from batches import first_batches
 from checkpointing import CheckpointError, critic_arguments, list_checkpoints, load_generator, load_start
 from config import Config
 from devices import DeviceError
@@ -293,9 +294,7 @@ def test_updates_are_captured_and_compared_anew_at_a_growth(train_tiny, monkeypa
         return update
 
     def use(gan, images):
-        critic = training.critic_batch(gan, images, 0, 0, 0)
-        batches = {"critic": critic, "generator": training.generator_batch(gan, critic[0], 0, 4)}
-        use_fast_updates(gan, batches, compiled=False, capture=capture, report=pytest.fail)
+        use_fast_updates(gan, first_batches(gan, images), compiled=False, capture=capture, report=pytest.fail)
 
     expected = newest(train_tiny(steps=5, out="plain", **GROWING))
     monkeypatch.setattr(training, "use_faster_updates", use)

@@ -32,7 +32,7 @@ def test_every_command_is_of_a_kind_that_is_run_here():
     for block in blocks("bash"):
         for line in block.splitlines():
             assert re.match(r"\.venv/bin/python (training|generate|evaluate)\.py |"
-                            r"\.venv/bin/python benchmarks/(throughput|experiments|before_after)\.py |"
+                            r"\.venv/bin/python benchmarks/(throughput|experiments|before_after|check_device)\.py |"
                             r"\.venv/bin/torchrun |python3 -m venv \.venv && \.venv/bin/pip install -r ", line), line
 
 

@@ -34,6 +34,7 @@ import resuming
 import run_log
 import training
 import wgan_gp
+from batches import generator_batch
 from checkpointing import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from config import Config
 from console import Interrupt
@@ -99,7 +100,7 @@ def test_the_average_moves_part_of_the_way(images):
 def test_the_average_forgets_half_in_a_tenth_of_the_images_but_not_more_slowly_than_asked(images):
     gan = tiny_gan(ema_half_life_images=1_000.0)
     for images_seen, half_life in ((2_000, 200), (50_000, 1_000)):
-        weight = training.generator_batch(gan, images, 0, images_seen)[-1].item()
+        weight = generator_batch(gan, images, 0, images_seen)[-1].item()
         assert (1 - weight) ** (half_life / gan.config.batch_size) == pytest.approx(0.5, rel=1e-2)
 
 
