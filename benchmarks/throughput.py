@@ -353,6 +353,7 @@ def main():
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    torch.backends.cudnn.benchmark = CUDA  # in all rows, as training.py does
     size, batch = given.image_size, given.batch_size
     if given.row and given.row.startswith("scale"):
         scale(given.row.split(",")[1:])
