@@ -32,8 +32,9 @@ def generator_batch(gan, real, step, images_seen, *labels):
 
 
 def first_batches(gan, images, *labels):
-    """Returns a dict: "critic" and "generator", each to a list of the arguments of its update in the first two steps."""
-    n = gan.config.batch_size
-    critic = [critic_batch(gan, images, step, 0, step * n, *labels) for step in (0, 1)]
-    generator = [generator_batch(gan, batch[0], step, (step + 1) * n, *batch[4:]) for step, batch in enumerate(critic)]
+    """Returns a dict: "critic" and "generator", each to a list of the arguments of its update in two steps far apart."""
+    n, steps = gan.config.batch_size, (0, 99)  # the average moves by nearly all, and by little
+    critic = [critic_batch(gan, images, step, 0, step * n, *labels) for step in steps]
+    generator = [generator_batch(gan, batch[0], step, (step + 1) * n, *batch[4:])
+                 for step, batch in zip(steps, critic, strict=True)]
     return {"critic": critic, "generator": generator}

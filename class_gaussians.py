@@ -64,7 +64,7 @@ def class_gaussians(vae, data, wanted, *, report):
 def learned_classes(vae, wanted):
     """Returns the ClassGaussian of each class asked for, for a VAE that has learned classes; see class_gaussians."""
     rows, root = list(_rows(wanted, vae.class_names)), torch.eye(vae.latent_dim, dtype=torch.float64)
-    means = vae.class_latents(torch.tensor(rows, device=vae.mu.weight.device)).detach().double()
+    means = vae.class_latents(torch.tensor(rows, device=vae.mu.weight.device)).detach().cpu().double()
     return [ClassGaussian(vae.class_names[row], row, mean, root) for row, mean in zip(rows, means, strict=True)]
 
 
@@ -100,7 +100,7 @@ def _encoded(vae, images, indices):
     device, parts = vae.mu.weight.device, []
     for part in tqdm(indices.split(AT_A_TIME), desc="encoding", leave=False, disable=None):
         mu, logvar = vae.encode(as_float_images(images, part, device))
-        parts.append((mu.double().cpu(), logvar.double().exp().cpu()))
+        parts.append((mu.cpu().double(), logvar.cpu().double().exp()))
     return (torch.cat(rows) for rows in zip(*parts, strict=True))
 
 

@@ -118,7 +118,8 @@ class Config(Settings):
     fresh: bool = option(False, "run", "start anew in a numbered run folder rather than continue")
     dry_run: bool = option(False, "run", "show what would be trained, run one step, leave no run folder")
     seed: int = option(0, "run", "of the initial weights, the order of the images and all noise", metavar="N", minimum=0)
-    device: str = option("auto", "run", "where to train", choices=DEVICES, metavar=DEVICE)
+    device: str = option("auto", "run", "where to train; auto: CUDA, mps where it computes what the CPU does, or the CPU",
+                         choices=DEVICES, metavar=DEVICE)
     precision: str = option("auto", "run", "of convolutions and matrix products; auto: bfloat16 where the device is fast "
                                            "at it", choices=("auto", "float32", "bfloat16"))
     compile: str = option("auto", "run", "auto: on CUDA, each update as one captured graph; on: torch.compile as well, "
@@ -162,9 +163,9 @@ class Config(Settings):
 
     log_every: int = option(50, "output", "steps between lines of metrics.jsonl", metavar="STEPS", minimum=1)
     sample_every: int | None = option(None, "output", "steps between pictures of samples and curves; not given: as often as "
-                                                      "2.5% of the time allows", metavar="STEPS", minimum=1)
-    checkpoint_every: int | None = option(None, "output", "steps between checkpoints; not given: as often as 2.5% of the "
-                                                          "time allows, at least every 10 minutes", metavar="STEPS",
+                                                      "a fortieth of the time allows", metavar="STEPS", minimum=1)
+    checkpoint_every: int | None = option(None, "output", "steps between checkpoints; not given: as often as a fortieth of "
+                                                          "the time allows, at least every 10 minutes", metavar="STEPS",
                                           minimum=1)
     keep_checkpoints: int = option(2, "output", "newest checkpoints kept", metavar="N", minimum=1)
     evaluate_every: int | None = option(None, "output", "steps between measurements of quality, at the full size of the "

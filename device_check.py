@@ -6,13 +6,13 @@ import torch
 
 import devices
 import distributed
-from fast_paths import add_noise
+from fast_paths import add_noise, use_fast_layers
 from growth import growth_of
 from image_sizes import height_and_width
 from randomness import random_generator
 from wgan_gp import GAN, NETWORKS
 
-STEPS, BATCH = 3, 4
+STEPS, BATCH, LARGEST_SIDE = 3, 4, 128
 # Another order of sums alone changes metrics by up to 1e-3, and the changes of the weights by up to 0.04, because the first
 # steps of Adam go by the sign of a gradient. An operation that computes something else changes both by about 1.
 SAME_METRICS, SAME_WEIGHTS = 1e-2, 0.2
@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 
 
 def difference(config, device, take_step, *, prepare=None):
-    """Takes a few steps at each size of a run on the CPU and on a device, in float32; returns the Difference.
+    """Takes a few steps at each size of a run up to 128 px on the CPU and on a device, in float32; returns the Difference.
 
     The networks have noise on their weights, some of which are 0 at the start, so that what they multiply counts too.
 
@@ -46,7 +46,8 @@ def difference(config, device, take_step, *, prepare=None):
     images = torch.randint(256, (2 * BATCH, config.channels, *height_and_width(config.image_size)), dtype=torch.uint8,
                            generator=random_generator(config.seed, "device check"))
     found = []
-    for side in growth_of(config).sides:
+    sides = growth_of(config).sides
+    for side in [side for side in sides if side <= LARGEST_SIDE] or sides[:1]:
         expected = _first_steps(config, torch.device("cpu"), side, images, take_step)
         actual = _first_steps(config, device, side, images, take_step, prepare)
         found.append([torch.stack([(ours[name] - theirs[name]).norm() / theirs[name].norm() for name in theirs]).max()
@@ -74,17 +75,20 @@ def _weights(gan):
 
 
 def pick_training_device(config, take_step, *, report):
-    """Returns devices.pick_device of a Config; "auto" is mps where that computes what the CPU does.
+    """Returns devices.pick_device of a Config; for one process "auto" is mps where that computes what the CPU does.
 
     Args:
         take_step: as for difference.
-        report: called with a line of text where mps is there and not used.
+        report: called with lines of text where there is mps.
     """
     device = devices.pick_device(config.device, local_rank=distributed.local_rank())
-    if config.device != "auto" or device.type != "cpu" or not torch.backends.mps.is_available():
+    if (config.device != "auto" or device.type != "cpu" or not torch.backends.mps.is_available()
+            or distributed.is_one_of_several()):
         return device
+    report("comparing mps with the CPU; --device mps or cpu does without")
     try:
-        found = difference(config, torch.device("mps"), take_step)
+        found = difference(config, torch.device("mps"), take_step, prepare=lambda gan, images: use_fast_layers(
+            gan, report=lambda line: None))  # as training will
     except Exception as error:  # whatever an operation that mps does not have raises
         fault = (str(error) or type(error).__name__).splitlines()[0]
     else:

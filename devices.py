@@ -17,15 +17,15 @@ class DeviceError(ValueError):
 
 
 def pick_device(name, *, local_rank=0):
-    """Returns the torch.device of a name in config.DEVICES, or of one GPU, such as cuda:1; "auto" takes a GPU or the CPU.
+    """Returns the torch.device of a name in config.DEVICES, or of one GPU, such as cuda:1; "auto" is CUDA or the CPU.
 
     Args:
         name: cuda without a number is GPU number local_rank.
         local_rank: of this process among those on this machine.
 
     Raises:
-        DeviceError: not available, or it cannot compute, as a GPU that this torch has no kernels for; or autocast is on, and
-            blocks of autocast in it would keep casts of weights of before.
+        DeviceError: not available, or a GPU that this torch has no kernels for; or autocast is on, and blocks of autocast in
+            it would keep casts of weights of before.
     """
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         raise DeviceError("--device: torch.autocast is on around this call; --precision is what sets the precision here, so "
@@ -44,9 +44,10 @@ def pick_device(name, *, local_rank=0):
         number = int(number or local_rank)
         if number >= torch.cuda.device_count():
             there = torch.cuda.device_count()
-            raise DeviceError(f"--device: there is no cuda:{number}; there are {there}, one for a process")
+            raise DeviceError(f"--device: there is no cuda:{number}; there are {there}, one for a process. Where each one "
+                              "sees a GPU of its own, that is cuda:0")
         device = torch.device("cuda", number)
-    if fault := _cannot_compute(device):
+    if kind == "cuda" and (fault := _lack_of_kernels(device)):
         if name != "auto":
             raise DeviceError(f"--device: {fault}")
         say_once(f"note: {fault}; the CPU is used")
@@ -54,12 +55,14 @@ def pick_device(name, *, local_rank=0):
     return device
 
 
-def _cannot_compute(device):
-    """What is wrong with a device, None where it computes: torch counts GPUs that it has no kernels for."""
+def _lack_of_kernels(device):
+    """What torch says of a GPU that it counts and has no kernels for; None of others, which may be full for a while."""
     try:
-        return None if torch.ones(1, device=device).add(1).item() == 2 else f"{device} does not compute 1 + 1"
+        torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
-        return f"{device} cannot be used: {str(error).splitlines()[0]}"
+        if "no kernel image" in str(error):
+            return f"{device} cannot be used: {str(error).splitlines()[0]}"
+    return None
 
 
 def pick_precision(device):
@@ -164,10 +167,10 @@ def lack_of_memory_said(what, advice):
 
 @contextlib.contextmanager
 def usual_settings():
-    """Runs a block, or a function, with torch's own default type and device, with gradients, and with exact convolutions.
+    """Runs a block, or a function, with torch's own default type and device, with gradients, and without TF32.
 
-    A program around it may have set others, and has them again afterwards. On NVIDIA's GPUs from Ampere on, torch computes
-    convolutions in float32 with 10 bits of mantissa, TF32, where nobody asks for more.
+    A program around it may have set others, and has them again afterwards. In TF32, torch's default for convolutions in
+    float32 on GPUs from Ampere on, they have 10 bits of mantissa.
     """
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
@@ -186,7 +189,10 @@ def usual_settings():
 
 @contextlib.contextmanager
 def _without_tf32():
-    """Sets what torch has of old and of new for it, which are refused where they differ."""
+    """Sets what torch has of old and of new for it, which it refuses to tell where they differ."""
+    if not torch.cuda.is_available():
+        yield
+        return
     cudnn = torch.backends.cudnn
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     try:

@@ -32,10 +32,12 @@ def start(device):
     """Joins the processes that torchrun has started, if it has.
 
     Raises:
-        LaunchError: its variables are not all there, or are not such numbers.
+        LaunchError: its variables are not all there, or are not such numbers; or the device is mps.
     """
-    if _is_initialized() or not _one_of_several():
+    if _is_initialized() or not is_one_of_several():
         return
+    if device.type == "mps":
+        raise LaunchError("--device: several processes train on CPUs or on CUDA, not on mps")
     failed = []
 
     def join():
@@ -64,11 +66,11 @@ def start(device):
 
 def local_rank():
     """Returns the number of this process among those of the run on this machine. Raises as start."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if _one_of_several() else 0
+    return int(os.environ.get("LOCAL_RANK", 0)) if is_one_of_several() else 0
 
 
-def _one_of_several():
-    """Whether the environment makes this process one of several. Raises as start."""
+def is_one_of_several():
+    """Whether the environment makes this process one of several. Raises LaunchError as start."""
     values = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     try:
         size, own_rank = int(values.get("WORLD_SIZE", 1)), int(values.get("RANK", 0))
@@ -114,7 +116,7 @@ def world_size():
 
 def num_restarts():
     """Returns how often torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if _one_of_several() else 0
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if is_one_of_several() else 0
 
 
 @contextlib.contextmanager

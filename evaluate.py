@@ -45,7 +45,7 @@ class Options(Settings):
     json: bool = option(False, "how", "print one line of JSON instead of a table")
     skip_bad: bool = option(False, "how", "go on without the files that cannot be read")
     cache_dir: str = option("cache", "how", "where decoded images are kept", metavar="DIR")
-    device: str = option("auto", "how", "where to compute", choices=DEVICES, metavar=DEVICE)
+    device: str = option("auto", "how", "where to compute; auto: CUDA or the CPU", choices=DEVICES, metavar=DEVICE)
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""

@@ -95,7 +95,7 @@ class Options(Settings):
                                              "else webp)", choices=tuple(CLIP_FORMATS))
     out: str = option("generated", "how", "folder to write to", metavar="DIR")
     cache_dir: str = option("cache", "how", "where decoded images of --data are kept", metavar="DIR")
-    device: str = option("auto", "how", "where to compute", choices=DEVICES, metavar=DEVICE)
+    device: str = option("auto", "how", "where to compute; auto: CUDA or the CPU", choices=DEVICES, metavar=DEVICE)
 
     def faults(self):
         """Returns one line for every setting that cannot work, each starting with the option's name."""

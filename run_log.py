@@ -65,11 +65,8 @@ class Pace:
         self.ended = time.perf_counter()
 
     def is_due(self, step):
-        """Whether it is to be done after this step. Rank 0 tells the others, whose clocks may differ."""
-        if self.every is not None:
-            return step % self.every == 0
-        waited = time.perf_counter() - self.ended
-        return bool(distributed.all_reduce_max(int(distributed.rank() == 0 and waited >= self.wait)))
+        """Whether it is to be done after this step."""
+        return time.perf_counter() - self.ended >= self.wait if self.every is None else step % self.every == 0
 
     @contextlib.contextmanager
     def timed(self, step):
@@ -267,6 +264,11 @@ class RunLog:
         """Whether something that is done every so many steps is to be done now; never where `every` is None."""
         return every is not None and self.step % every == 0
 
+    def is_time_to_save(self):
+        """Whether a checkpoint is due. All processes check their values then, so rank 0, whose clock counts, tells them."""
+        due = self.saving.is_due(self.step)
+        return due if self.saving.every else bool(distributed.all_reduce_max(int(due and self.is_rank_zero)))
+
     def write_metrics(self):
         """Appends a line to metrics.jsonl: the means since the line before."""
         self._write_line()
@@ -442,7 +444,7 @@ class RunLog:
         """Writes a checkpoint, unless something in it is not finite."""
         with self.saving.timed(self.step):
             self._mean_metrics()
-            if not torch.stack([tensor.isfinite().all() for tensor in self.gan.tensors()]).all():  # the device is read once
+            if not torch.stack([tensor.isfinite().all() for tensor in self.gan.tensors()]).all():  # one read of the device
                 raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
             if self.is_rank_zero:
                 save_checkpoint(self.out / "checkpoints", self.step, self._facts() | self.gan.state(),

@@ -84,7 +84,7 @@ def train(config, *, data=None, interrupt=None, after_step=None):
                     log.write_metrics()
                 if log.is_due(config.evaluate_every):
                     log.measure()
-                if log.saving.is_due(log.step):
+                if log.is_time_to_save():
                     log.save()
                 if log.drawing.is_due(log.step):
                     log.draw_samples()

@@ -26,7 +26,7 @@ CLASSES = "classes.weight"  # in the state of a network
 class GAN:
     """The networks, the average of the generator (EMA), the optimizers, and one update of each network.
 
-    Updates take tensors and read nothing from a GPU: the CPU does not wait for it. Everything a run can set comes from one
+    Updates take tensors and read nothing from CUDA: the CPU does not wait for it. Everything a run can set comes from one
     Config, which this class reads as it is.
 
     Attributes:

@@ -3,7 +3,7 @@
     python benchmarks/check_device.py [--device auto|cpu|cuda|cuda:1|mps] [--sizes 64 128] [--batches 16 64]
 
 Differences are those of device_check.difference, in float32. Times are medians of steps with the settings of training.py, of
-images of the last size. The last two rows are of a run with its defaults and a minute to train.
+images of the last size. The last two rows are of a run with its defaults, which ends after --seconds.
 """
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ import training
 from batches import first_batches
 from config import DEVICE, Config
 from device_check import difference
-from devices import keep_freed_memory, limit_threads, pick_device, pick_precision, usual_settings
+from devices import DeviceError, keep_freed_memory, limit_threads, pick_device, pick_precision, usual_settings
 from fast_paths import CapturedUpdate, use_fast_layers, use_fast_updates
 from randomness import random_generator
 from run_log import RunLog
@@ -61,6 +61,18 @@ def differences(device, size, updates):
     return f"{found.metrics:.0e}, {found.weights:.0e}{'' if found.is_rounding() else ': WRONG'}"
 
 
+def after_nan(device, size, updates):
+    """Whether all weights but the one that was made NaN stay what they were in a step."""
+    gan, images = GAN(Config(data="drawn", image_size=size, precision="float32"), device), drawn_images(size)
+    make_faster(gan, images, updates=updates)
+    *weights, last = [*gan.generator.parameters(), *gan.critic.parameters()]
+    with torch.no_grad():
+        last.fill_(torch.nan)
+        before = [weight.clone() for weight in weights]
+    training.training_step(gan, images, 0, 0)
+    return "weights kept" if all(map(torch.equal, before, weights)) else "weights changed: WRONG"
+
+
 def step_time(device, size, batch, grow_from, seconds, updates):
     config = Config(data="drawn", image_size=size, batch_size=batch, grow_from=grow_from, precision=pick_precision(device))
     gan, images = GAN(config, device), drawn_images(size).to(device)
@@ -86,6 +98,8 @@ def outputs(device, size, seconds, folder):
         method = getattr(RunLog, name)
 
         def call(log):
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # the steps still to be computed are not its own
             started = time.perf_counter()
             method(log)
             calls.append((name, started, time.perf_counter()))
@@ -101,7 +115,7 @@ def outputs(device, size, seconds, folder):
     elapsed = time.perf_counter() - calls[0][1]
     for name in ("draw_samples", "save"):
         took = [end - start for called, start, end in calls if called == name]
-        yield f"{len(took)}, {sum(took):.2g} of {elapsed:.0f} s: {sum(took) / elapsed:.1%}"
+        yield f"{len(took)} in {elapsed:.0f} s, {statistics.mean(took or [0]):.2g} s each: {sum(took) / elapsed:.1%}"
 
 
 def row(name, *cells):
@@ -115,7 +129,13 @@ def cells(function, updates, *arguments):
         try:
             yield function(*arguments, kind)
         except Exception as error:  # of the compiler, of the device, of memory
-            yield " ".join(str(error).split())[:100] or type(error).__name__
+            yield reason(error)
+
+
+def reason(error):
+    """Returns an error's text as a cell."""
+    text = str(error).removeprefix("warning: training goes on ").replace("|", "/")
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 @usual_settings()
@@ -124,10 +144,14 @@ def main(arguments=None):
     parser.add_argument("--device", default="auto", metavar=DEVICE)
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 128], metavar="PIXELS")
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64], metavar="N")
-    parser.add_argument("--updates", nargs="+", default=UPDATES, choices=UPDATES, help="compiling takes minutes")
-    parser.add_argument("--seconds", type=float, default=60, help="of the run; a time of a step takes a sixth of them")
+    parser.add_argument("--updates", nargs="+", default=UPDATES, choices=UPDATES, help="compiling takes a minute "
+                        "or two for each cell and size")
+    parser.add_argument("--seconds", type=float, default=300, help="of the run; a time of a step takes a thirtieth of them")
     given = parser.parse_args(arguments)
-    device = pick_device(given.device)
+    try:
+        device = pick_device(given.device)
+    except DeviceError as error:
+        parser.error(str(error))
     name = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -139,13 +163,17 @@ def main(arguments=None):
     row(*["---"] * (1 + len(updates)))
     for size in given.sizes:
         row(f"{size} px: metrics, weights differ from the CPU's by", *cells(differences, updates, device, size))
+    row("NaN in a step", *cells(after_nan, updates, device, min(given.sizes)))
     for size in given.sizes:
         for batch in given.batches:
             for grow_from in (None, min(32, size)):
                 row(f"{size} px, batch {batch}{', growth' if grow_from else ''}: a step",
-                    *cells(step_time, updates, device, size, batch, grow_from, given.seconds / 6))
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        found = list(outputs(device, max(given.sizes), given.seconds, folder))
+                    *cells(step_time, updates, device, size, batch, grow_from, given.seconds / 30))
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            found = list(outputs(device, max(given.sizes), given.seconds, folder))
+    except Exception as error:
+        found = [reason(error)] * 2
     for what, text in zip(("pictures and curves", "checkpoints"), found, strict=True):
         row(f"{what} of a run of {max(given.sizes)} px", text, *[""] * (len(updates) - 1))
 

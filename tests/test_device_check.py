@@ -1,4 +1,5 @@
 import functools
+import re
 import sys
 
 import pytest
@@ -67,11 +68,13 @@ def test_a_device_that_computes_something_else_is_noticed(prepare):
 @pytest.fixture
 def mac(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.usefixtures("mac")
+@pytest.mark.skipif(torch.backends.mps.is_built(), reason="the first tensor on mps has to fail")
 def test_auto_is_the_cpu_where_mps_fails(train_tiny, capfd):
-    run = train_tiny(steps=1, device="auto")  # there is no mps, so that the first tensor on it fails
+    run = train_tiny(steps=1, device="auto")
     assert newest(run)["step"] == 1
     assert "note: mps is not used: " in capfd.readouterr().out
     assert devices.pick_device("auto") == CPU
@@ -81,11 +84,37 @@ def test_auto_is_the_cpu_where_mps_fails(train_tiny, capfd):
 @pytest.mark.parametrize(("found", "expected"), [((1e-5, 1e-2), "mps"), ((1e-5, 0.3), "cpu"), ((0.3, 1e-3), "cpu"),
                                                  ((float("nan"), 0.0), "cpu")])
 def test_auto_is_mps_where_it_computes_what_the_cpu_does(monkeypatch, found, expected):
-    monkeypatch.setattr(device_check, "difference", lambda *arguments: device_check.Difference(*found))
+    monkeypatch.setattr(device_check, "difference", lambda *arguments, prepare: device_check.Difference(*found))
     said = []
     config = Config(data="x", device="auto")
     assert device_check.pick_training_device(config, training.training_step, report=said.append).type == expected
-    assert len(said) == (expected == "cpu")
+    assert [line.split(":")[0] for line in said[1:]] == ["note"] * (expected == "cpu")
+
+
+@pytest.mark.usefixtures("mac")
+def test_several_processes_are_on_the_cpu_or_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29688"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(device_check, "difference", pytest.fail)
+    assert device_check.pick_training_device(Config(data="x"), training.training_step, report=pytest.fail) == CPU
+    with pytest.raises(distributed.LaunchError, match="not on mps"):
+        distributed.start(torch.device("mps"))
+
+
+def test_the_comparison_is_of_what_training_computes(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    seen = []
+
+    def compare(config, device, take_step, *, prepare):
+        gan = tiny_gan()
+        prepare(gan, torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
+        seen.append(gan.input_gradient)
+        return device_check.Difference(0.0, 0.0)
+
+    monkeypatch.setattr(device_check, "difference", compare)
+    device_check.pick_training_device(Config(data="x"), training.training_step, report=lambda line: None)
+    assert [callable(gradient) for gradient in seen] == [True]
 
 
 @pytest.mark.usefixtures("mac")
@@ -154,22 +183,37 @@ def test_a_gpu_without_kernels_is_refused_or_passed_over(capfd):
     assert "note: cuda:0 cannot be used: CUDA error: no kernel image" in capfd.readouterr().err
 
 
+def test_a_gpu_that_is_full_for_now_is_no_reason_for_the_cpu(monkeypatch):
+    def refuse(*arguments, device=None, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "ones", refuse)
+    assert devices.pick_device("auto") == torch.device("cuda:0")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("allowed", [True, False])
-def test_float32_is_not_tf32_and_the_settings_of_before_are_there_again(train_tiny, allowed):
-    cudnn, seen = torch.backends.cudnn, []
+def test_float32_is_not_tf32_and_the_settings_of_before_are_there_again(allowed):
+    cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32
     cudnn.allow_tf32 = allowed
     kinds = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     try:
-        training.train(Config(**{"data": "drawn", **TINY, "steps": 1}),
-                       data=torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8),
-                       after_step=lambda step, metrics: seen.append((cudnn.allow_tf32, cudnn.conv.fp32_precision)))
-        assert seen == [(False, "ieee")]
+        with devices.usual_settings():
+            assert (cudnn.allow_tf32, cudnn.conv.fp32_precision) == (False, "ieee")
         assert (cudnn.allow_tf32, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == (allowed, *kinds)
     finally:
         cudnn.allow_tf32 = before
 
 
+@pytest.mark.usefixtures("cuda")
 def test_settings_of_torch_that_contradict_each_other_are_kept():
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
@@ -214,7 +258,7 @@ class Reads(TorchDispatchMode):
         return function(*arguments, **options or {})
 
 
-def test_a_step_reads_nothing_and_a_line_of_the_log_and_a_checkpoint_read_the_device_once(train_tiny, monkeypatch):
+def test_a_line_of_the_log_and_the_check_of_a_checkpoint_read_the_device_once(train_tiny, monkeypatch):
     counts = {}
 
     def counting(owner, name):
@@ -248,10 +292,13 @@ def test_the_command_prints_one_table(monkeypatch, capfd):
     assert title.startswith("cpu: ")
     assert rows[0] == "|  | plain | compiled |"
     cells = {row.split(" | ")[0].removeprefix("| "): row.removesuffix(" |").split(" | ")[1:] for row in rows[2:]}
-    assert list(cells) == ["32 px: metrics, weights differ from the CPU's by", "32 px, batch 2: a step",
+    assert list(cells) == ["32 px: metrics, weights differ from the CPU's by", "NaN in a step", "32 px, batch 2: a step",
                            "32 px, batch 2, growth: a step", "pictures and curves of a run of 32 px",
                            "checkpoints of a run of 32 px"]
-    for first, second in list(cells.values())[:3]:
-        assert "e-" in first + second or "images/s" in first and "images/s" in second
+    differences, after_nan, *times, drawn, saved = cells.values()
+    assert all(re.fullmatch(r"\de[+-]\d\d, \de[+-]\d\d", cell) for cell in differences)
+    assert after_nan == ["weights kept"] * 2
+    assert all(re.fullmatch(r"[\d.]+ ms, [\d.e+]+ images/s", cell) for cells in times for cell in cells)
+    assert re.fullmatch(r"\d+ in \d+ s, [\d.]+ s each: [\d.]+%", drawn[0])
     assert "WRONG" not in out
     assert sys.modules.pop("check_device")

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 from helpers import assert_same, newest
 
@@ -43,16 +45,22 @@ def test_a_number_of_steps_is_obeyed_to_the_step(clock):
     assert [step for step in range(1, 10) if pace.is_due(step)] == [3, 6, 9]
 
 
-def test_the_first_time_is_after_a_minute_and_other_processes_do_as_the_first_one(clock, monkeypatch):
+def test_the_first_time_is_after_a_minute(clock):
     pace = Pace(None)
     clock[0] += 59
     assert not pace.is_due(1)
     clock[0] += 1
     assert pace.is_due(2)
-    monkeypatch.setattr(run_log.distributed, "rank", lambda: 1)
-    assert not pace.is_due(3)
-    monkeypatch.setattr(run_log.distributed, "all_reduce_max", lambda own: max(own, 1))
-    assert pace.is_due(4)
+
+
+@pytest.mark.parametrize(("is_rank_zero", "said_by_rank_zero", "expected"), [(True, 0, True), (False, 0, False),
+                                                                             (False, 1, True)])
+def test_all_processes_save_when_the_clock_of_the_first_one_says_so(clock, monkeypatch, is_rank_zero, said_by_rank_zero,
+                                                                    expected):
+    monkeypatch.setattr(run_log.distributed, "all_reduce_max", lambda own: max(own, said_by_rank_zero))
+    log = SimpleNamespace(saving=Pace(None), step=7, is_rank_zero=is_rank_zero)
+    clock[0] += 60
+    assert run_log.RunLog.is_time_to_save(log) == expected
 
 
 def test_outputs_as_often_as_time_allows_change_nothing_and_none_is_made_twice(train_tiny, monkeypatch):
