@@ -197,9 +197,9 @@ def _without_tf32():
     before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     try:
         allowed = cudnn.allow_tf32
-    except RuntimeError:  # they differ
+        cudnn.allow_tf32 = False
+    except RuntimeError:  # they differ already
         allowed = None
-    cudnn.allow_tf32 = False
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
     try:
         yield

@@ -220,11 +220,12 @@ def test_settings_of_torch_that_contradict_each_other_are_kept():
     conv.fp32_precision = "ieee"  # and that of recurrent networks is tf32: torch then refuses to tell the older setting
     try:
         with devices.usual_settings():
-            assert not torch.backends.cudnn.allow_tf32
+            assert torch.backends.cudnn.rnn.fp32_precision == "ieee"
         assert conv.fp32_precision == "ieee"
         assert torch.backends.cudnn.rnn.fp32_precision == "tf32"
     finally:
         conv.fp32_precision = before
+    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(("kind", "nccl", "expected"), [("cuda", True, "cpu:gloo,cuda:nccl"), ("cuda", False, "gloo"),
