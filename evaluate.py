@@ -88,9 +88,11 @@ def evaluate(vae, options):
         metrics |= image_metrics.inception_distances(_Pictures(real), _Pictures(fake), vae.mu.weight.device)
     images, new = (training.images, chosen) if held_out is None else (
         held_out.images, _evenly_spaced(range(len(held_out.images)), options.num_images))
-    errors = [image_metrics.reconstruction_errors(vae, as_float_images(images, part, vae.mu.weight.device))
-              for part in tqdm(torch.tensor(new).split(BATCH), desc="reconstructing", leave=False, disable=None)]
-    metrics["reconstruction_error"] = torch.cat(errors).mean().item()
+    total = 0.0  # a list of small tensors would keep the memory between them from being used again
+    for part in tqdm(torch.tensor(new).split(BATCH), desc="reconstructing", leave=False, disable=None):
+        part_images = as_float_images(images, part, vae.mu.weight.device)
+        total += image_metrics.reconstruction_errors(vae, part_images).sum().item()
+    metrics["reconstruction_error"] = total / len(new)
     if names := getattr(vae, "class_names", ()):
         metrics["classes"] = _classes(vae, names, training, held_out, known, options)
     return metrics
