@@ -165,7 +165,7 @@ class Config(Settings):
     sample_every: int | None = option(None, "output", "steps between pictures of samples and curves; not given: as often as "
                                                       "a fortieth of the time allows", metavar="STEPS", minimum=1)
     checkpoint_every: int | None = option(None, "output", "steps between checkpoints; not given: as often as a fortieth of "
-                                                          "the time allows, at least every 10 minutes", metavar="STEPS",
+                                                          "the time allows, every 1 to 10 minutes", metavar="STEPS",
                                           minimum=1)
     keep_checkpoints: int = option(2, "output", "newest checkpoints kept", metavar="N", minimum=1)
     evaluate_every: int | None = option(None, "output", "steps between measurements of quality, at the full size of the "

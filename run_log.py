@@ -36,7 +36,7 @@ STANDS_STILL, TIMES_AS_LONG, LOOKED_EVERY = 300, 10, 10  # seconds without a ste
 JUDGED_AFTER = 32_000  # images: earlier, images of a good run can look alike
 MOST_KNOWN = 4_000  # training images that samples are compared with
 SHARE = 0.025  # of the time, at most, for pictures, and as much for checkpoints
-FIRST_OUTPUT, MOST_BETWEEN_CHECKPOINTS = 60, 600  # seconds
+FIRST_OUTPUT, BETWEEN_CHECKPOINTS = 60, (60, 600)  # seconds; more often would wear disks out: 15 MB/s have been seen
 
 
 class TrainingError(ValueError):
@@ -50,14 +50,14 @@ class Pace:
 
     Args:
         every: a number of steps, or None.
-        longest: seconds after which it is done at the latest, where `every` is None.
+        between: the shortest and the longest time to wait, in seconds, where `every` is None.
 
     Attributes:
         step: where it was done last, None before.
     """
 
-    def __init__(self, every, *, longest=math.inf):
-        self.every, self.longest, self.step, self.wait = every, longest, None, FIRST_OUTPUT
+    def __init__(self, every, *, between=(0, math.inf)):
+        self.every, self.between, self.step, self.wait = every, between, None, FIRST_OUTPUT
         self.start()
 
     def start(self):
@@ -74,7 +74,8 @@ class Pace:
         started = time.perf_counter()
         yield
         self.start()
-        self.step, self.wait = step, min((self.ended - started) * (1 / SHARE - 1), self.longest)
+        shortest, longest = self.between
+        self.step, self.wait = step, min(max((self.ended - started) * (1 / SHARE - 1), shortest), longest)
 
 
 class RunLog:
@@ -112,7 +113,7 @@ class RunLog:
         self.images_per_step = config.batch_size * config.critic_steps
         self.total_steps = (config.steps if config.epochs is None
                             else math.ceil(config.epochs * len(data.images) / self.images_per_step))
-        self.saving = Pace(config.checkpoint_every, longest=MOST_BETWEEN_CHECKPOINTS)
+        self.saving = Pace(config.checkpoint_every, between=BETWEEN_CHECKPOINTS)
         self.drawing = Pace(config.sample_every)
         self.steps_since_last_line = 0
         self.step_seconds = {}  # of each size to come

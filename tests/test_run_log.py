@@ -27,17 +27,18 @@ def test_what_takes_time_takes_a_fortieth_of_it(clock):
     assert 0.02 < done / (clock[0] - start) <= 0.025
 
 
-def test_a_checkpoint_is_made_at_least_every_ten_minutes(clock):
-    pace, saved = Pace(None, longest=run_log.MOST_BETWEEN_CHECKPOINTS), []
+@pytest.mark.parametrize(("takes", "shortest", "longest"), [(60, 600, 610), (0.1, 60, 70)])  # a slow disk, a fast one
+def test_a_checkpoint_is_made_at_least_every_ten_minutes_and_at_most_every_minute(clock, takes, shortest, longest):
+    pace, saved = Pace(None, between=run_log.BETWEEN_CHECKPOINTS), []
     for step in range(400):
         clock[0] += 10
         if pace.is_due(step):
             with pace.timed(step):
-                clock[0] += 60  # a slow disk
+                clock[0] += takes
             saved.append(clock[0])
     between = [later - earlier for earlier, later in zip(saved, saved[1:], strict=False)]
     assert between
-    assert max(between) <= 600 + 10 + 60
+    assert shortest <= min(between) <= max(between) <= longest + takes
 
 
 def test_a_number_of_steps_is_obeyed_to_the_step(clock):
@@ -74,6 +75,7 @@ def test_outputs_as_often_as_time_allows_change_nothing_and_none_is_made_twice(t
     assert (drawn, saved) == ([0, 2, 5], [2, 5])  # the growth and the end
     monkeypatch.setattr(run_log, "FIRST_OUTPUT", 0)
     monkeypatch.setattr(run_log, "SHARE", 1)
+    monkeypatch.setattr(run_log, "BETWEEN_CHECKPOINTS", (0, 600))
     del drawn[:], saved[:]
     always = train_tiny(steps=5, out="always", **often)
     assert (drawn, saved) == ([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
