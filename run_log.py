@@ -238,12 +238,15 @@ class RunLog:
                 self._alarm("still", waited > max(STANDS_STILL, TIMES_AS_LONG * took) and
                             f"no step for {waited:.0f} s since step {self.step}: the run stands still")
 
+        thread = threading.Thread(target=watch, daemon=True)
         with self._optional("watching whether steps end"):
-            threading.Thread(target=watch, daemon=True).start()
+            thread.start()
         try:
             yield
         finally:
             over.set()
+            if thread.ident:  # started
+                thread.join(LOOKED_EVERY)  # a thread that wakes up while Python ends can abort the process
 
     def record(self, metrics):
         """Counts one step.
