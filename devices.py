@@ -39,19 +39,18 @@ def pick_device(name, *, local_rank=0):
         built = "" if kind != "cuda" or torch.version.cuda else (
             ": this torch is built without it; https://pytorch.org/get-started says how to install one that has it")
         raise DeviceError(f"--device: {kind} is not available here{built}; there is {names}")
-    device = torch.device(kind)
-    if kind == "cuda":
-        number = int(number or local_rank)
-        if number >= torch.cuda.device_count():
-            there = torch.cuda.device_count()
-            raise DeviceError(f"--device: there is no cuda:{number}; there are {there}, one for a process. Where each one "
-                              "sees a GPU of its own, that is cuda:0")
-        device = torch.device("cuda", number)
-    if kind == "cuda" and (fault := _lack_of_kernels(device)):
+    if kind != "cuda":
+        return torch.device(kind)
+    number, there = int(number or local_rank), torch.cuda.device_count()
+    if number >= there:
+        raise DeviceError(f"--device: there is no cuda:{number}; there are {there}, one for a process. Where each one sees "
+                          "a GPU of its own, that is cuda:0")
+    device = torch.device("cuda", number)
+    if fault := _lack_of_kernels(device):
         if name != "auto":
             raise DeviceError(f"--device: {fault}")
         say_once(f"note: {fault}; the CPU is used")
-        device = torch.device("cpu")
+        return torch.device("cpu")
     return device
 
 

@@ -176,10 +176,9 @@ def _described(images, pairs, generator, label):
 
 def _fill(found, key, length, start, rows):
     """Puts rows in their place in a tensor of full length. A list of parts, joined at the end, would need twice as much."""
-    whole = found.setdefault(key, torch.empty(0))
-    if not len(whole):
-        whole = found[key] = torch.empty(length, *rows.shape[1:])
-    whole[start:start + len(rows)] = rows
+    if key not in found:
+        found[key] = torch.empty(length, *rows.shape[1:])
+    found[key][start:start + len(rows)] = rows
 
 
 def _thumbnails(images, label):
