@@ -24,9 +24,10 @@ SCHEMA = {"format": int, "step": int, "images_seen": int, "elapsed_seconds": flo
           "config": dict, "model_arguments": dict, "pending_metrics": dict, "generator": dict, "averaged": dict,
           "critic": dict, "generator_optimizer": dict, "critic_optimizer": dict, "preparation": dict, "image_set": str,
           "first_side": int, "learned_side": int,  # shorter sides of images: where the run began, what it has learned
+          "detail": float,  # of the averaged VAE
           "class_names": torch.Tensor, "class_counts": torch.Tensor}  # see class_names; images of each class, (K,) int64
 # What older checkpoints do not say, and runs without classes; a side of 0 is that of the model.
-ABSENT = {"threads": 0, "preparation": {}, "image_set": "", "first_side": 0, "learned_side": 0,
+ABSENT = {"threads": 0, "preparation": {}, "image_set": "", "first_side": 0, "learned_side": 0, "detail": 1.0,
           "class_names": torch.empty(0, dtype=torch.uint8), "class_counts": torch.empty(0, dtype=torch.int64)}
 SAMPLES = ("integer", "float")  # kinds of more than 8 bits
 CRITIC_ARGUMENTS = ("image_size", "channels", "base_channels", "base_size", "grow_from", "num_classes")  # of those of a VAE
@@ -215,6 +216,8 @@ def _fault(state):
             return f"{name} is missing or no {SCHEMA[name].__name__}"
         if SCHEMA[name] in (int, float) and not 0 <= state[name] < 2**63:
             return f"{name} is out of range"
+    if state["detail"] > 1:
+        return "detail is out of range"
     for name in ("config", "model_arguments"):
         if any(type(key) is not str or isinstance(value, dict | torch.Tensor) for key, value in state[name].items()):
             return f"{name} holds other things than plain values"
@@ -318,6 +321,7 @@ def load_generator(path, *, report=print):
     vae = VAE(**state["model_arguments"])
     vae.load_state_dict(state["averaged"])
     vae.draw_at(learned_side(state))
+    vae.detail = state["detail"]
     vae.preparation = {"channels": vae.image_shape[0], **preparation_of_file(state["preparation"])}
     vae.class_names, vae.class_counts = class_names(state), state["class_counts"]
     return vae.requires_grad_(False).eval()

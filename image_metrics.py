@@ -8,6 +8,7 @@ from urllib.error import URLError
 import torch
 from torch.nn import functional as F
 
+from model_definitions import with_detail
 from pictures import on_white
 
 SMALLEST_LEVEL = 16  # pixels a side of the coarsest level of the pyramid
@@ -18,6 +19,7 @@ KID_SUBSET = 1_000  # images, as is usual, or as many as there are
 CHUNK = 1_000  # images compared at a time
 MOST_PAIRED = 4_000  # images of which each is compared with each
 ALARM = 0.5  # of what real images have: less diversity is a collapse, less distance to training images is copying
+CORRELATION_OF_ALL_DETAIL = 0.3  # of the finest octave of reconstructions with that of images; see detail_worth_drawing
 THUMBNAIL = 16  # pixels a side; whole images are compared at this size, without their texture
 
 
@@ -132,6 +134,21 @@ def reconstruction_errors(vae, images):
     Transparency is laid on white.
     """
     return (on_white(vae.decode(vae.encode(images)[0])) - on_white(images)).abs().mean(dim=(1, 2, 3))
+
+
+def detail_worth_drawing(real, again):
+    """Returns what VAE.detail should be, from 0 to 1, by how right the finest octave of reconstructions is.
+
+    It is the correlation of the finest octave of the images with that of their reconstructions, as a multiple of
+    CORRELATION_OF_ALL_DETAIL. A generator learns early how strong detail is, and late where it belongs. In the wrong places
+    it looks like a fabric over the image, and worse than none.
+
+    Args:
+        real, again: images and their reconstructions (N, C, H, W) in [0, 1].
+    """
+    one, other = ((images - with_detail(images, 0)).flatten().double() for images in map(on_white, (real, again)))
+    correlation = (one @ other / (one.norm() * other.norm()).clamp(min=1e-12)).item()
+    return min(1.0, max(0.0, correlation / CORRELATION_OF_ALL_DETAIL))  # in this order NaN gives 0
 
 
 def inception_distances(real, fake, device):

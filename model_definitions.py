@@ -268,6 +268,7 @@ class VAE(nn.Module):
     Attributes:
         image_sizes: (H, W) of each size that it can work at, the largest first.
         image_shape: (C, H, W) of the images that it draws now: at first the largest; draw_at changes it.
+        detail: what the finest octave of its images is multiplied by, see with_detail: at first 1, which training needs.
         classes: an Embedding with the vector (Z,) of each class; None without classes.
 
     Shape: forward takes images (N, C, H, W) in [0, 1] and returns (reconstruction (N, C, H, W), mu (N, Z), logvar (N, Z)).
@@ -283,6 +284,7 @@ class VAE(nn.Module):
             raise ValueError(f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {output_layer!r}")
         self.image_sizes, widths, smallest = _network_shapes(image_size, channels, base_channels, base_size, grow_from)
         self.image_shape = channels, *self.image_sizes[0]
+        self.detail = 1.0
         self.latent_dim = latent_dim
         self.encoder = _downsampling_blocks(channels, widths)
         self.inputs = nn.ModuleList(_from_image(channels, width) for width in widths[1:len(self.image_sizes)])
@@ -353,7 +355,7 @@ class VAE(nn.Module):
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"expected z of shape {_shape((self.latent_dim,))}, got {tuple(z.shape)}")
         # In half precision the sigmoid would have fewer levels near white than an 8-bit picture.
-        before = torch.sigmoid(self._logits(z.to(self.decoder[-1].weight.dtype)))
+        before = torch.sigmoid(with_detail(self._logits(z.to(self.decoder[-1].weight.dtype)), self.detail))
         if self.output_layer is None:
             return Decoded(before, None, None, before)
         return Decoded(before, *self.output_layer.parts(before))
@@ -488,6 +490,17 @@ def halved(images):
     """Returns images (..., H, W) averaged to half their size: F.avg_pool2d(images, 2), in a quarter of its time on a CPU."""
     rows = images[..., ::2, :] + images[..., 1::2, :]
     return (rows[..., ::2] + rows[..., 1::2]) / 4
+
+
+def with_detail(images, detail):
+    """Returns images (..., H, W), H and W even, with their finest octave multiplied by a number from 0 to 1.
+
+    The finest octave is what is lost when they are averaged to half their size and enlarged again.
+    """
+    if detail == 1:
+        return images
+    coarse = resized(halved(images), *images.shape[-2:])
+    return coarse + detail * (images - coarse)
 
 
 def _network_shapes(image_size, channels, base_channels, base_size, grow_from):

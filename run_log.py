@@ -19,7 +19,7 @@ from data_report import say_classes, say_what_is_left_out, say_what_would_suit
 from devices import is_out_of_memory, lack_of_memory_said
 from growth import averaged_to, time_steps
 from image_data import as_float_images, batch_indices, evenly_spaced
-from image_metrics import alarms, diversity, nearest_distance, patches, sliced_wasserstein, thumbnails
+from image_metrics import alarms, detail_worth_drawing, diversity, nearest_distance, patches, sliced_wasserstein, thumbnails
 from image_sizes import plain_size, size_text
 from pictures import alpha_picture, grid, on_white, save_picture
 from randomness import drawn_labels, latent_noise, random_generator
@@ -342,8 +342,20 @@ class RunLog:
         self.last_line += time.perf_counter() - started  # drawing is not counted in images per second
 
     @torch.no_grad()
+    def _choose_detail(self):
+        """Sets how much detail the averaged generator draws, by its weights alone, so that a resumed run does the same."""
+        vae = self.gan.averaged
+        vae.detail = 1.0
+        with self._optional("choosing the detail of pictures"):
+            real = averaged_to(self.reals, self.gan.side)
+            again = torch.cat([vae.decode(vae.encode(part.to(self.gan.device))[0]).cpu()
+                               for part in real.split(self.config.batch_size)])
+            vae.detail = detail_worth_drawing(real, again)
+
+    @torch.no_grad()
     def _draw_samples(self):
         vae, device, batch = self.gan.averaged, self.gan.device, self.config.batch_size
+        self._choose_detail()
         decoded = [vae.decode_parts(*(part.to(device) for part in parts)) for parts in zip(
             self.noise.split(batch), *(y.split(batch) for y in self.sample_labels), strict=True)]
         images = torch.cat([part.images.cpu() for part in decoded])
@@ -393,6 +405,7 @@ class RunLog:
     @torch.no_grad()
     def _measure(self):
         seed, vae, before = self.config.seed, self.gan.averaged, read_metrics(self.out)
+        self._choose_detail()
         real = on_white(evenly_spaced(self.data.images, NUM_MEASURED))
         z = latent_noise(seed, range(len(real)), self.config.latent_dim).to(self.gan.device)
         if self.class_names:
@@ -456,6 +469,7 @@ class RunLog:
 
     def _facts(self):
         """What a checkpoint holds beside the state of the networks."""
+        self._choose_detail()
         pending = {}
         if self.pending:
             columns = self._pending_values().cpu().unbind(1)
@@ -468,7 +482,8 @@ class RunLog:
                 "threads": self.threads, "config": dataclasses.asdict(self.config),
                 "model_arguments": self.gan.model_arguments, "pending_metrics": pending,
                 "preparation": preparation_for_file(self.data.resize_mode, self.data.levels),
-                "image_set": self.data.digest, "first_side": self.gan.growth.sides[0], "learned_side": self.gan.side}
+                "image_set": self.data.digest, "first_side": self.gan.growth.sides[0], "learned_side": self.gan.side,
+                "detail": self.gan.averaged.detail}
 
     def keep_step(self):
         """Saves and draws this step, where that is not done yet."""

@@ -226,6 +226,13 @@ def test_a_state_of_another_form_is_refused_by_name(tmp_path, change, named):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("detail", [1.01, -0.1, float("nan"), float("inf"), 1])
+def test_detail_that_no_generator_can_have_is_refused(tmp_path, detail):
+    path = save_checkpoint(tmp_path, 1, STATE | {"detail": detail}, keep=1)
+    with pytest.raises(CheckpointError, match="step_0000001.pt: not a checkpoint of this program: detail"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize(("saved", "said"), [
     ({"a": torch.zeros(2)}, r"net: 'b' is missing"),
     ({"a": torch.zeros(2), "b": {"c": torch.ones(())}, "d": 1}, r"net: 'd' is not part of it"),

@@ -9,6 +9,8 @@ from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor
 
 from demo_images import SHAPES, draw_shape
 from image_metrics import (
+    CORRELATION_OF_ALL_DETAIL,
+    detail_worth_drawing,
     diversity,
     inception_distances,
     nearest_distance,
@@ -121,3 +123,24 @@ def test_an_inception_network_that_cannot_be_fetched_is_said(drawn, inception, m
     monkeypatch.setattr(inception, "load_state_dict_from_url", offline)
     with pytest.raises(OSError, match="the Inception network cannot be fetched: no network"):
         inception_distances(drawn[0], drawn[1], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_detail_is_drawn_as_far_as_it_is_where_it_belongs(channels):
+    generator = torch.Generator().manual_seed(0)
+    real, noise = (0.2 + 0.6 * torch.rand(8, channels, 32, 32, generator=generator) for _ in range(2))
+    if channels == 4:
+        real[:, 3] = noise[:, 3] = 1  # opaque
+    assert detail_worth_drawing(real, real) == 1
+    assert detail_worth_drawing(real, 1 - real) == 0
+    assert detail_worth_drawing(real, torch.full_like(real, 0.5)) == 0
+    assert detail_worth_drawing(real, torch.full_like(real, torch.nan)) == 0
+    assert detail_worth_drawing(real, noise) < 0.2
+    part = CORRELATION_OF_ALL_DETAIL / 2  # of the variance that both have
+    mixed = part * real + (1 - part**2) ** 0.5 * noise
+    if channels == 4:
+        mixed[:, 3] = 1
+    worth = detail_worth_drawing(real, mixed)
+    assert worth == pytest.approx(0.5, abs=0.15)
+    if channels != 4:
+        assert detail_worth_drawing(real, 0.5 + 0.1 * mixed) == pytest.approx(worth, abs=1e-4)  # its strength does not count

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "video_files": {"av", "pictures", "safe_files"},
     "video_frames": {"av", "PIL", "devices", "image_files", "video_files"},
     "checkpointing": {"torch", "devices", "image_sizes", "model_definitions", "safe_files"},
-    "image_metrics": {"torch", "torch_fidelity", "pictures"},
+    "image_metrics": {"torch", "torch_fidelity", "model_definitions", "pictures"},
     "latent_paths": {"torch", "tqdm", "checkpointing", "image_files", "model_definitions", "randomness", "video_frames"},
     "film_sound": {"av", "image_files", "video_frames"},
     "class_gaussians": {"torch", "tqdm", "console", "image_data", "image_files"},

@@ -18,6 +18,7 @@ from model_definitions import (
     SmoothEnlargement,
     StaticParamTanh,
     alpha_map,
+    with_detail,
 )
 from synthetic_video import synthetic_video
 
@@ -41,6 +42,26 @@ def test_shapes_at_every_size(size):
     assert parts.alpha.shape == (2, 1, size, size)
     assert critic(images).shape == (2,)
     assert vae.sample(3).shape == (3, 3, size, size)
+
+
+@pytest.mark.parametrize("detail", [0.0, 0.25, 1.0])
+def test_detail_multiplies_the_finest_octave_and_nothing_else(detail):
+    rows = torch.arange(64.0)[:, None] / 64
+    coarse = rows.expand(64, 32)  # linear, so averaging to half the size and enlarging again keeps it, but at the edges
+    fine = torch.tensor([1.0, -1.0]).repeat(16).expand(64, 32)
+    changed = with_detail(torch.stack([coarse, fine])[None], detail)[0]
+    assert torch.allclose(changed[0, 1:-1], coarse[1:-1], atol=1e-6)
+    assert torch.allclose(changed[1], detail * fine, atol=1e-6)
+
+
+@pytest.mark.parametrize("grow_from", [None, 32])
+def test_a_generator_draws_the_detail_that_it_is_told(grow_from):
+    vae = VAE(image_size=64, base_channels=4, latent_dim=6, output_layer="none", grow_from=grow_from).requires_grad_(False)
+    z = torch.randn(4, 6)
+    logits = torch.logit(vae.decode(z))
+    vae.detail = 0.5
+    assert torch.allclose(torch.logit(vae.decode(z)), with_detail(logits, 0.5), atol=1e-3)
+    assert not torch.allclose(torch.logit(vae.decode(z)), logits, atol=1e-3)
 
 
 @pytest.mark.parametrize(("size", "channels"), [((64, 112), 1), ((112, 64), 4), ((32, 128), 3), ((40, 32), 4)])
@@ -330,6 +351,7 @@ class Decoder(nn.Module):
     def __init__(self, vae):
         super().__init__()
         self.vae = vae
+        vae.detail = 0.5
 
     def forward(self, z):
         return self.vae.decode(z)

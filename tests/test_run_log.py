@@ -1,10 +1,13 @@
 from types import SimpleNamespace
 
 import pytest
-from helpers import assert_same, newest
+from helpers import assert_same, newest, read
 
 import run_log
 import safe_files
+from checkpointing import export_generator, load_generator
+from pictures import grid
+from randomness import latent_noise
 from run_log import Pace
 from safe_files import atomic_write
 
@@ -80,6 +83,29 @@ def test_outputs_as_often_as_time_allows_change_nothing_and_none_is_made_twice(t
     always = train_tiny(steps=5, out="always", **often)
     assert (drawn, saved) == ([0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
     assert_same(newest(rarely), newest(always))
+
+
+def test_pictures_and_files_have_the_detail_that_is_chosen_and_training_has_all_of_it(train_tiny, monkeypatch):
+    runs = []
+    for detail in (0.25, 1.0):
+        monkeypatch.setattr(run_log, "detail_worth_drawing", lambda real, again, detail=detail: detail)
+        run = train_tiny(steps=2, out=str(detail), evaluate_every=1, sample_every=1)
+        runs.append(newest(run))
+        for source in (run, run / "checkpoints" / "best.pt", export_generator(run, run / "small.pt")):
+            vae = load_generator(source)
+            assert vae.detail == detail
+        expected = grid(load_generator(run).decode(latent_noise(0, range(64), 8)), columns=8)
+        assert (read(run / "samples/step_0000002.png") - expected).abs().max() < 1 / 255
+    assert_same(*({**state, "detail": None} for state in runs))
+
+
+def test_the_detail_of_a_step_does_not_depend_on_what_was_done_before(train_tiny):
+    often, once = (train_tiny(steps=3, out=out, sample_every=1, checkpoint_every=every)
+                   for out, every in (("often", 1), ("once", 3)))
+    assert 0 <= newest(often)["detail"] < 1
+    assert_same(newest(often), newest(once))
+    for step in range(4):
+        assert len({(run / f"samples/step_{step:07d}.png").read_bytes() for run in (often, once)}) == 1
 
 
 def test_a_file_that_another_program_holds_for_a_moment_is_waited_for(tmp_path, monkeypatch):
