@@ -8,7 +8,7 @@ from urllib.error import URLError
 import torch
 from torch.nn import functional as F
 
-from model_definitions import with_detail
+from model_definitions import finest_octave
 from pictures import on_white
 
 SMALLEST_LEVEL = 16  # pixels a side of the coarsest level of the pyramid
@@ -137,18 +137,26 @@ def reconstruction_errors(vae, images):
 
 
 def detail_worth_drawing(real, again):
-    """Returns what VAE.detail should be, from 0 to 1, by how right the finest octave of reconstructions is.
+    """Returns VAE.detail, from 0 to 1: how right the finest octave of reconstructions is.
 
-    It is the correlation of the finest octave of the images with that of their reconstructions, as a multiple of
-    CORRELATION_OF_ALL_DETAIL. A generator learns early how strong detail is, and late where it belongs. In the wrong places
-    it looks like a fabric over the image, and worse than none.
+    It is the correlation of the finest octaves of images and reconstructions, divided by CORRELATION_OF_ALL_DETAIL. A
+    generator learns early how strong detail is, and late where it belongs. In the wrong places it looks like a fabric over
+    the image, and worse than none. Figures: docs/experiments.md.
 
     Args:
-        real, again: images and their reconstructions (N, C, H, W) in [0, 1].
+        real, again: images and their reconstructions (N, C, H, W) in [0, 1]. What is invisible in them does not count.
     """
-    one, other = ((images - with_detail(images, 0)).flatten().double() for images in map(on_white, (real, again)))
-    correlation = (one @ other / (one.norm() * other.norm()).clamp(min=1e-12)).item()
+    sums = torch.zeros(3, dtype=torch.float64)  # one by one, because in float64 all of them can take gigabytes
+    for pair in zip(real, again, strict=True):
+        one, other = (finest_octave(_visible(image)).flatten().double() for image in pair)
+        sums += torch.stack([one @ other, one @ one, other @ other])
+    correlation = (sums[0] / (sums[1] * sums[2]).sqrt().clamp(min=1e-12)).item()
     return min(1.0, max(0.0, correlation / CORRELATION_OF_ALL_DETAIL))  # in this order NaN gives 0
+
+
+def _visible(image):
+    """An image (C, H, W), with transparency its colours times opacity, and opacity: laid on white, white would be lost."""
+    return torch.cat([image[:3] * image[3:], image[3:]]) if len(image) == 4 else image
 
 
 def inception_distances(real, fake, device):

@@ -268,7 +268,8 @@ class VAE(nn.Module):
     Attributes:
         image_sizes: (H, W) of each size that it can work at, the largest first.
         image_shape: (C, H, W) of the images that it draws now: at first the largest; draw_at changes it.
-        detail: what the finest octave of its images is multiplied by, see with_detail: at first 1, which training needs.
+        detail: from 0 to 1, by which the finest octave of the decoder's image is multiplied before the sigmoid. At first 1,
+            which training needs; see image_metrics.detail_worth_drawing.
         classes: an Embedding with the vector (Z,) of each class; None without classes.
 
     Shape: forward takes images (N, C, H, W) in [0, 1] and returns (reconstruction (N, C, H, W), mu (N, Z), logvar (N, Z)).
@@ -354,8 +355,11 @@ class VAE(nn.Module):
             z = z + self.class_latents(y)
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"expected z of shape {_shape((self.latent_dim,))}, got {tuple(z.shape)}")
+        logits = self._logits(z.to(self.decoder[-1].weight.dtype))
+        if self.detail != 1:
+            logits = logits - (1 - self.detail) * finest_octave(logits)
         # In half precision the sigmoid would have fewer levels near white than an 8-bit picture.
-        before = torch.sigmoid(with_detail(self._logits(z.to(self.decoder[-1].weight.dtype)), self.detail))
+        before = torch.sigmoid(logits)
         if self.output_layer is None:
             return Decoded(before, None, None, before)
         return Decoded(before, *self.output_layer.parts(before))
@@ -492,15 +496,9 @@ def halved(images):
     return (rows[..., ::2] + rows[..., 1::2]) / 4
 
 
-def with_detail(images, detail):
-    """Returns images (..., H, W), H and W even, with their finest octave multiplied by a number from 0 to 1.
-
-    The finest octave is what is lost when they are averaged to half their size and enlarged again.
-    """
-    if detail == 1:
-        return images
-    coarse = resized(halved(images), *images.shape[-2:])
-    return coarse + detail * (images - coarse)
+def finest_octave(images):
+    """Returns what images (..., H, W), H and W even, lose where they are averaged to half their size and enlarged again."""
+    return images - resized(halved(images), *images.shape[-2:])
 
 
 def _network_shapes(image_size, channels, base_channels, base_size, grow_from):

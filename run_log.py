@@ -343,14 +343,17 @@ class RunLog:
 
     @torch.no_grad()
     def _choose_detail(self):
-        """Sets how much detail the averaged generator draws, by its weights alone, so that a resumed run does the same."""
+        """Sets the detail that the averaged generator draws, by its weights and the images of reals.png."""
+        if not self.config.reconstruction_weight:  # its reconstructions say nothing
+            return
         vae = self.gan.averaged
-        vae.detail = 1.0
-        with self._optional("choosing the detail of pictures"):
+        detail, vae.detail = vae.detail, 1.0
+        with self._optional("the detail of pictures and checkpoints"):
             real = averaged_to(self.reals, self.gan.side)
             again = torch.cat([vae.decode(vae.encode(part.to(self.gan.device))[0]).cpu()
                                for part in real.split(self.config.batch_size)])
-            vae.detail = detail_worth_drawing(real, again)
+            detail = detail_worth_drawing(real, again)
+        vae.detail = detail
 
     @torch.no_grad()
     def _draw_samples(self):
@@ -405,7 +408,7 @@ class RunLog:
     @torch.no_grad()
     def _measure(self):
         seed, vae, before = self.config.seed, self.gan.averaged, read_metrics(self.out)
-        self._choose_detail()
+        vae.detail = 1.0  # what is judged are the weights
         real = on_white(evenly_spaced(self.data.images, NUM_MEASURED))
         z = latent_noise(seed, range(len(real)), self.config.latent_dim).to(self.gan.device)
         if self.class_names:

@@ -87,7 +87,8 @@ def test_paths_numbers_and_the_home_directory_are_taken_as_python_has_them(tmp_p
 # What training can do without
 
 
-@pytest.mark.parametrize("broken", ["save_picture", "draw_curves", "patches", "save_generator", "read_metrics"])
+@pytest.mark.parametrize("broken", ["save_picture", "draw_curves", "patches", "save_generator", "read_metrics",
+                                    "detail_worth_drawing"])
 def test_what_is_optional_never_ends_a_run_and_is_said_once(train_tiny, monkeypatch, capfd, broken):
     def fail(*_, **__):
         raise PermissionError(errno.EACCES, "used by another process", "x.png")

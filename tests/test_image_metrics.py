@@ -125,22 +125,27 @@ def test_an_inception_network_that_cannot_be_fetched_is_said(drawn, inception, m
         inception_distances(drawn[0], drawn[1], torch.device("cpu"))
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
 def test_detail_is_drawn_as_far_as_it_is_where_it_belongs(channels):
     generator = torch.Generator().manual_seed(0)
     real, noise = (0.2 + 0.6 * torch.rand(8, channels, 32, 32, generator=generator) for _ in range(2))
-    if channels == 4:
-        real[:, 3] = noise[:, 3] = 1  # opaque
     assert detail_worth_drawing(real, real) == 1
     assert detail_worth_drawing(real, 1 - real) == 0
     assert detail_worth_drawing(real, torch.full_like(real, 0.5)) == 0
     assert detail_worth_drawing(real, torch.full_like(real, torch.nan)) == 0
     assert detail_worth_drawing(real, noise) < 0.2
-    part = CORRELATION_OF_ALL_DETAIL / 2  # of the variance that both have
-    mixed = part * real + (1 - part**2) ** 0.5 * noise
-    if channels == 4:
-        mixed[:, 3] = 1
+    correlation = CORRELATION_OF_ALL_DETAIL / 2
+    mixed = correlation * real + (1 - correlation**2) ** 0.5 * noise
     worth = detail_worth_drawing(real, mixed)
     assert worth == pytest.approx(0.5, abs=0.15)
-    if channels != 4:
-        assert detail_worth_drawing(real, 0.5 + 0.1 * mixed) == pytest.approx(worth, abs=1e-4)  # its strength does not count
+    assert detail_worth_drawing(real, 0.5 + 0.1 * mixed) == pytest.approx(worth, abs=1e-4)  # its strength does not count
+
+
+def test_detail_of_transparency_counts_in_white_images_and_that_of_invisible_colours_does_not():
+    colours, opacity = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    white = torch.cat([torch.ones_like(colours), opacity[:, :1]], dim=1)
+    assert detail_worth_drawing(white, white) == 1
+    seen = torch.cat([colours, (torch.arange(32.0) < 16).expand(4, 1, 32, 32).float()], dim=1)
+    hidden = torch.where(seen[:, 3:] > 0, seen, torch.cat([opacity, seen[:, 3:]], dim=1))
+    assert detail_worth_drawing(seen, hidden) == detail_worth_drawing(seen, seen) == 1
+    assert detail_worth_drawing(seen, torch.cat([opacity, seen[:, 3:]], dim=1)) < 1

@@ -99,13 +99,19 @@ def test_pictures_and_files_have_the_detail_that_is_chosen_and_training_has_all_
     assert_same(*({**state, "detail": None} for state in runs))
 
 
-def test_the_detail_of_a_step_does_not_depend_on_what_was_done_before(train_tiny):
+def test_the_detail_of_a_step_does_not_depend_on_what_was_done_before(train_tiny, monkeypatch):
+    monkeypatch.setattr(run_log, "detail_worth_drawing", lambda real, again: 1e4 * again.std().item() % 1)
     often, once = (train_tiny(steps=3, out=out, sample_every=1, checkpoint_every=every)
                    for out, every in (("often", 1), ("once", 3)))
-    assert 0 <= newest(often)["detail"] < 1
+    assert 0 < newest(often)["detail"] < 1
     assert_same(newest(often), newest(once))
     for step in range(4):
         assert len({(run / f"samples/step_{step:07d}.png").read_bytes() for run in (often, once)}) == 1
+
+
+def test_where_nothing_is_reconstructed_all_detail_is_drawn(train_tiny):
+    assert newest(train_tiny(steps=1, out="without", reconstruction_weight=0.0))["detail"] == 1
+    assert newest(train_tiny(steps=1, out="with"))["detail"] < 1
 
 
 def test_a_file_that_another_program_holds_for_a_moment_is_waited_for(tmp_path, monkeypatch):
