@@ -306,9 +306,9 @@ def load_generator(path, *, report=print):
     """Returns the averaged VAE of a checkpoint, or of the newest one of a run folder.
 
     It is on the CPU, in evaluation mode and without gradients, and draws images of the size that it has learned, with the
-    detail that was chosen for it (to train it further, set its attribute `detail` to 1.0). Its
-    attribute `preparation` holds the arguments with which image_files.decode_image prepares a picture as its training images
-    were; see preparation_of_file. `class_names` and `class_counts` are those it was trained on, empty without classes.
+    detail that was chosen for it; to train it further, set its attribute `detail` to 1.0. Its attribute `preparation` holds
+    the arguments with which image_files.decode_image prepares a picture as its training images were, see
+    preparation_of_file; `class_names` and `class_counts` are those it was trained on, empty without classes.
     Loading is safe on a file from someone you do not trust.
 
     Args:

@@ -342,23 +342,30 @@ class RunLog:
         self.last_line += time.perf_counter() - started  # drawing is not counted in images per second
 
     @torch.no_grad()
-    def _choose_detail(self):
-        """Sets the detail that the averaged generator draws, by its weights and the images of reals.png."""
-        if not self.config.reconstruction_weight:  # its reconstructions say nothing
+    def choose_detail(self):
+        """Sets the detail that the averaged generator draws, by its weights and the images of reals.png: before each save.
+
+        That is not a part of save, which reads the device once: this reads it for every batch of these images.
+        """
+        if not self.is_rank_zero or not self.config.reconstruction_weight:  # without it reconstructions say nothing
             return
         vae = self.gan.averaged
         detail, vae.detail = vae.detail, 1.0
         with self._optional("the detail of pictures and checkpoints"):
             real = averaged_to(self.reals, self.gan.side)
-            again = torch.cat([vae.decode(vae.encode(part.to(self.gan.device))[0]).cpu()
-                               for part in real.split(self.config.batch_size)])
-            detail = detail_worth_drawing(real, again)
+            detail = detail_worth_drawing(real, self._reconstructed(real))
         vae.detail = detail
+
+    def _reconstructed(self, real):
+        """Returns what the averaged generator makes of images (N, C, H, W), on the CPU."""
+        vae = self.gan.averaged
+        return torch.cat([vae.decode(vae.encode(part.to(self.gan.device))[0]).cpu()
+                          for part in real.split(self.config.batch_size)])
 
     @torch.no_grad()
     def _draw_samples(self):
         vae, device, batch = self.gan.averaged, self.gan.device, self.config.batch_size
-        self._choose_detail()
+        self.choose_detail()
         decoded = [vae.decode_parts(*(part.to(device) for part in parts)) for parts in zip(
             self.noise.split(batch), *(y.split(batch) for y in self.sample_labels), strict=True)]
         images = torch.cat([part.images.cpu() for part in decoded])
@@ -366,7 +373,7 @@ class RunLog:
         if self.images_seen >= JUDGED_AFTER:
             self._judge(thumbnails(on_white(images)))
         real = averaged_to(self.reals[:2 * COLUMNS], self.gan.side)
-        again = torch.cat([vae.decode(vae.encode(part.to(device))[0]).cpu() for part in real.split(batch)])
+        again = self._reconstructed(real)
         rows = torch.cat([real[:COLUMNS], again[:COLUMNS], real[COLUMNS:], again[COLUMNS:]])
         self._draw("reconstructions", grid(rows, columns=COLUMNS))
         if decoded[0].alpha is not None:
@@ -421,6 +428,7 @@ class RunLog:
         self._add_to_tensorboard(metrics)
         best = min((line.get("sliced_wasserstein", math.inf) for line in before), default=math.inf)
         if metrics["sliced_wasserstein"] < best:
+            self.choose_detail()
             state = {"step": self.step} | self._facts() | self.gan.state()
             save_generator(self.out / "checkpoints" / "best.pt", state)
 
@@ -472,7 +480,6 @@ class RunLog:
 
     def _facts(self):
         """What a checkpoint holds beside the state of the networks."""
-        self._choose_detail()
         pending = {}
         if self.pending:
             columns = self._pending_values().cpu().unbind(1)
@@ -491,6 +498,7 @@ class RunLog:
     def keep_step(self):
         """Saves and draws this step, where that is not done yet."""
         if self.saving.step != self.step:
+            self.choose_detail()
             self.save()
         if self.drawing.step != self.step:
             self.draw_samples()

@@ -85,6 +85,7 @@ def train(config, *, data=None, interrupt=None, after_step=None):
                 if log.is_due(config.evaluate_every):
                     log.measure()
                 if log.is_time_to_save():
+                    log.choose_detail()
                     log.save()
                 if log.drawing.is_due(log.step):
                     log.draw_samples()

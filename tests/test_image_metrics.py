@@ -149,3 +149,6 @@ def test_detail_of_transparency_counts_in_white_images_and_that_of_invisible_col
     hidden = torch.where(seen[:, 3:] > 0, seen, torch.cat([opacity, seen[:, 3:]], dim=1))
     assert detail_worth_drawing(seen, hidden) == detail_worth_drawing(seen, seen) == 1
     assert detail_worth_drawing(seen, torch.cat([opacity, seen[:, 3:]], dim=1)) < 1
+    seen[:, 3, :, 1:] = hidden[:, 3, :, 1:] = 0
+    hidden[:, :3, :, 1:] = 1 - seen[:, :3, :, 1:]
+    assert detail_worth_drawing(seen, hidden) == 1
