@@ -294,6 +294,8 @@ class RunLog:
                     f"the next checkpoint needs {needed:,} bytes in {self.out}, {free:,} are free")
         shown = {short: f"{metrics[name]:.3g}" for short, name in (
             ("W", "wasserstein_distance"), ("GP", "gradient_penalty"), ("rec", "reconstruction")) if name in metrics}
+        if self.gan.averaged.detail < 1:
+            shown["detail"] = f"{self.gan.averaged.detail:.2g}"
         left = tqdm.format_interval(self._seconds_left(speed)) if speed else "?"
         shown = {"px": _text(self.gan.sizes[self.gan.side])} | shown if len(self.gan.sizes) > 1 else shown
         if self.progress.disable:  # not a terminal: lines instead of a bar

@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -257,6 +258,27 @@ def test_a_cache_folder_that_cannot_be_made_is_named_by_its_option(image_folder,
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="--cache-dir: .*file"):
         load_images(image_folder, 32, cache_dir=tmp_path / "file" / "cache")
+
+
+def test_what_is_not_begun_when_decoding_is_stopped_is_left_undone(tmp_path, monkeypatch):
+    for index in range(40):
+        save_picture(tmp_path / "set" / f"{index}.png")
+    begun = []
+
+    def read(path, *how, **too):
+        begun.append(path)
+        time.sleep(0.02 * bool(begun[1:]))
+        return read_picture(path, *how, **too)
+
+    class Stopped(image_data.tqdm):
+        def update(self, *count):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_data, "read_picture", read)
+    monkeypatch.setattr(image_data, "tqdm", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        load_images(tmp_path / "set", 32, cache_dir=tmp_path)
+    assert 0 < len(begun) < 20
 
 
 def test_no_room_for_the_cache_is_said_before_it_is_needed(image_folder, tmp_path, monkeypatch):

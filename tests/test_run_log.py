@@ -85,11 +85,12 @@ def test_outputs_as_often_as_time_allows_change_nothing_and_none_is_made_twice(t
     assert_same(newest(rarely), newest(always))
 
 
-def test_pictures_and_files_have_the_detail_that_is_chosen_and_training_has_all_of_it(train_tiny, monkeypatch):
+def test_pictures_and_files_have_the_detail_that_is_chosen_and_training_has_all_of_it(train_tiny, monkeypatch, capfd):
     runs = []
     for detail in (0.25, 1.0):
         monkeypatch.setattr(run_log, "detail_worth_drawing", lambda real, again, detail=detail: detail)
-        run = train_tiny(steps=2, out=str(detail), evaluate_every=1, sample_every=1)
+        run = train_tiny(steps=2, out=str(detail), evaluate_every=1, sample_every=1, log_every=1)
+        assert ("  detail 0.25  " in capfd.readouterr().out) == (detail < 1)
         runs.append(newest(run))
         for source in (run, run / "checkpoints" / "best.pt", export_generator(run, run / "small.pt")):
             vae = load_generator(source)
