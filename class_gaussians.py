@@ -31,8 +31,8 @@ class ClassGaussian(NamedTuple):
     root: torch.Tensor  # (Z, Z), of the covariance
 
     def draw(self, noise):
-        """Returns latent vectors (N, Z) for standard normal noise (N, Z)."""
-        return (self.mean.to(noise.device) + noise.double() @ self.root.to(noise.device).T).to(noise)
+        """Returns latent vectors (N, Z) for standard normal noise (N, Z). Float64 is for the CPU: mps has none."""
+        return (self.mean + noise.cpu().double() @ self.root.T).to(noise.dtype).to(noise.device)
 
 
 def class_gaussians(vae, data, wanted, *, report):

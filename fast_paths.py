@@ -60,7 +60,7 @@ def _is_same(compare, plain, report):
     """Whether the pairs of tensors (actual, expected) that `compare` returns are equal up to rounding; reports if not."""
     fault = _fault(lambda: ((*pair, SAME) for pair in compare()))
     if fault:
-        report(f"warning: training goes on with {plain}, which is slower: {fault}")
+        report(f"warning: {plain} is used, which is slower: {fault}")
     return not fault
 
 

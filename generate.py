@@ -1,7 +1,8 @@
 """Pictures, clips and films from a trained generator: python generate.py runs/images --video 10
 
 Image i is a function of the seed, i and the generator; how many are asked for changes it by rounding alone. With the seed of
-the run, the first 64 images are those of its sample grids.
+the run, the first 64 images are those of its sample grids; with up to 8 learned classes, --class all --num-images 8 gives
+them.
 """
 import argparse
 import contextlib
@@ -45,6 +46,7 @@ FROM_NOISE = ("--video", "--clip", "--alpha-maps")  # those of them that can be 
 SECONDS_PER_KEYFRAME = 2
 FILM_RATE, CLIP_RATE = 30, 8  # frames per second
 MOST_NUMBERS = 1_000_000  # of images named by --images or --seeds
+MOST_BYTES = 180  # of a name that is made of others
 LONG = 1.5  # times the length of noise: latent vectors from here on are far outside of what training has seen
 
 
@@ -56,7 +58,7 @@ class GenerateError(ValueError):
 class Options(Settings):
     """What generate.py can be told."""
 
-    num_images: int = option(16, "what", "images, or clips, or rows of alpha maps", metavar="N", minimum=1)
+    num_images: int = option(16, "what", "images, clips or alpha maps", metavar="N", minimum=1)
     images: str | None = option(None, "what", "just these images of the seed, in place of the first ones",
                                 metavar="57,100-120")
     seeds: str | None = option(None, "what", "image 0 of each of these seeds, in place of several of one", metavar="1,5-9")
@@ -250,6 +252,8 @@ def _classes(vae, options):
     if not options.data:
         raise GenerateError("--class: this generator has learned no classes (training.py --class-conditional), so it needs "
                             "--data DIR, with a folder for each class")
+    if vae.classes is not None:
+        say("note: images are drawn from Gaussians of the encoded images of --data; without it, from the classes learned")
     data = load_images(options.data, vae.image_shape[1:], cache_dir=options.cache_dir, skip_bad=True, **preparation_of(vae))
     say_what_is_left_out(data.skipped, data.passed_over)
     return class_gaussians(vae, data, options.class_, report=say)
@@ -278,7 +282,7 @@ def _film(vae, options):
     if photos:
         if options.keyframes:
             photos = [path for photo in photos for path in (find_images(photo) if os.path.isdir(photo) else [photo])]
-        z, name = _encoded(vae, photos), "-to-".join(map(_stem, photos[:3]))
+        z, name = _encoded(vae, photos), _file_name(["-to-".join(pathlib.Path(photo).stem[:40] for photo in photos[:3])])
         name += "" if len(photos) > 1 else "-animated"
     else:
         classes = _classes(vae, options)
@@ -317,7 +321,7 @@ def _reconstructed(vae, options):
         if not source.exists():
             raise DataError(f"{source}: no such file")
         folder, found = (source.resolve(), find_files(source)) if source.is_dir() else (source.parent, [source])
-        files += [(file, "-".join([*file.relative_to(folder).parts[:-1], _stem(file)])) for file in found]
+        files += [(file, _file_name([*file.relative_to(folder).parts[:-1], file.stem])) for file in found]
     check_writable(options.out)
     for file, name in files:
         numbered = (f"{name}-{number}" for number in itertools.count(2))
@@ -329,7 +333,7 @@ def _reconstructed(vae, options):
             else:
                 image = next(images_of(vae, encode_photo(vae, file)))
                 yield _save(iter(_enlarged(image[None], options)), 1, f"{name}-reconstruction", options)
-        except DataError as error:
+        except (DataError, PictureError) as error:
             if len(files) == 1:
                 raise
             say(f"warning: {error}; it is left out")
@@ -362,9 +366,10 @@ def _encoded(vae, photos):
     return z
 
 
-def _stem(photo):
-    stem = pathlib.Path(photo).stem[:40]  # a file name has room for 255 bytes
-    return "".join(char if char.isprintable() else "_" for char in stem)
+def _file_name(parts):
+    """Returns names as one that is printable and leaves room for endings: a file name has room for 255 bytes."""
+    name = "".join(char if char.isprintable() else "_" for char in "-".join(parts))
+    return name.encode()[:MOST_BYTES].decode(errors="ignore")
 
 
 def _save_alpha_maps(vae, z, name, options):

@@ -32,19 +32,29 @@ class Growth(NamedTuple):
         """Returns how many of the images seen were of the size of side_at."""
         return images_seen - self.starts[self._number(images_seen)]
 
-    def plan(self, images_per_step, total_steps):
-        """Returns (side, first step, last step) of each size that a run of so many steps gets to."""
-        starts = [-(-start // images_per_step) for start in self.starts]
+    def plan(self, images_per_step, total_steps, *, step=0, images_seen=0):
+        """Returns (side, first step, last step) of each size that a run of so many steps gets to from here on.
+
+        Args:
+            images_per_step: from here on; before, it may have been another.
+            step, images_seen: done so far.
+        """
+        now = self._number(images_seen)
+        starts = [step, *(step + _steps_for(start - images_seen, images_per_step) for start in self.starts[now + 1:])]
         ends = [*starts[1:], total_steps]
-        return [(side, start, min(end, total_steps)) for side, start, end in zip(self.sides, starts, ends, strict=True)
+        return [(side, start, min(end, total_steps)) for side, start, end in zip(self.sides[now:], starts, ends, strict=True)
                 if start < total_steps]
 
-    def steps_for_all(self, images_per_step):
-        """Returns the steps of a run whose last size, too, has twice the images of the one before."""
-        return -(-self.every_images * (2**len(self.sides) - 1) // images_per_step)
+    def steps_for_all(self, images_per_step, *, step=0, images_seen=0):
+        """Returns the steps of a run whose last size, too, has twice the images of the one before. Arguments as in plan."""
+        return step + _steps_for(self.every_images * (2**len(self.sides) - 1) - images_seen, images_per_step)
 
     def _number(self, images_seen):
         return bisect.bisect(self.starts, images_seen) - 1
+
+
+def _steps_for(images, images_per_step):
+    return -(-images // images_per_step)
 
 
 def growth_of(config, first_side=0):

@@ -24,7 +24,7 @@ from checkpointing import (
     settings_for_file,
     settings_of_file,
 )
-from config import option_name
+from config import DEMO, option_name
 from console import listed, say
 from devices import pick_precision
 from growth import growth_of
@@ -64,8 +64,11 @@ def find_run(config, *, name, folder):
     name = name or (folder.stem if folder.is_file() else folder.name)
 
     def has_these_images(state):
-        images = images_of_run(config, state, moved=True) if folder and state["image_set"] else None
-        return bool(images) and images.digest == state["image_set"]
+        if not folder or not state["image_set"]:
+            return False
+        channels = state["model_arguments"]["channels"]  # a run from --initial-checkpoint has those of the file
+        images = images_of_run(dataclasses.replace(config, channels=channels), state, moved=True)
+        return images.digest == state["image_set"]
 
     def is_run_of_these_images(path):
         with contextlib.suppress(CheckpointError):
@@ -260,11 +263,11 @@ def classes_of_run(config, data, state, start):
 
 def _with_model_of(config, model):
     """Returns the config with the model_arguments of the checkpoint that the run has begun with, which it says."""
-    fields = {field.name: field for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)} | (DEMO if config.demo else {})
     changes = {name: value for name, value in model.items()
                if name not in ("image_size", "num_classes") and getattr(config, name) != value}
     faults = [f"{option_name(name)}: {config.initial_checkpoint} has {value}, got {getattr(config, name)}"
-              for name, value in changes.items() if getattr(config, name) != fields[name].default]
+              for name, value in changes.items() if getattr(config, name) != defaults[name]]
     if faults:
         raise CheckpointError("\n".join(faults))
     if changes:

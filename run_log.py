@@ -107,7 +107,9 @@ class RunLog:
             state[name] for name in ("step", "images_seen", "elapsed_seconds", "num_images", "threads", "image_set")
         ) if state else (0, 0, 0.0, len(data.images), 0, "")
         self.pending = []  # the metrics of each step since the last line of the log, read from the device only then
+        self.detail_step = None  # for which the detail has been chosen
         if state:
+            gan.averaged.detail = state["detail"] if config.reconstruction_weight else 1.0
             pending = {name: values.to(gan.device) for name, values in state["pending_metrics"].items()}
             self.pending = [dict(zip(pending, values, strict=True)) for values in zip(*pending.values(), strict=True)]
         self.images_per_step = config.batch_size * config.critic_steps
@@ -174,13 +176,11 @@ class RunLog:
         Args:
             take_step: takes the next step and returns its metrics.
         """
-        plan = [(side, start, end) for side, start, end in self.gan.growth.plan(self.images_per_step, self.total_steps)
-                if end > self.step]
+        plan = self._sizes_to_come()
         if len(plan) > 1 or self.config.dry_run:
             self.step_seconds = time_steps(self.gan, [side for side, *_ in plan], take_step)
             for number, (side, start, end) in enumerate(plan):
                 seconds = self.step_seconds[side]
-                start = max(start, self.step)
                 lasts = ("does not fit into memory; a smaller --batch-size may" if seconds is None
                          else f"about {tqdm.format_interval(seconds * (end - start))}, {seconds:.2g} s each")
                 say(f"{'' if number else 'plan':7} steps {start + 1} to {end} at {_text(self.gan.sizes[side])} px: {lasts}")
@@ -188,11 +188,14 @@ class RunLog:
 
     def _say_if_too_short(self):
         growth = self.gan.growth
-        reached = growth.plan(self.images_per_step, self.total_steps)[-1][0]
+        reached = [self.gan.side, *(side for side, *_ in self._sizes_to_come())][-1]
         if reached < growth.sides[-1]:
-            steps = growth.steps_for_all(self.images_per_step)
+            steps = growth.steps_for_all(self.images_per_step, step=self.step, images_seen=self.images_seen)
             say(f"warning: the run ends with images of {_text(self.gan.sizes[reached])} px, --image-size is "
                 f"{size_text(self.config.image_size)}: --steps {steps} would reach it and stay for as long as it should")
+
+    def _sizes_to_come(self):
+        return self.gan.growth.plan(self.images_per_step, self.total_steps, step=self.step, images_seen=self.images_seen)
 
     @contextlib.contextmanager
     def opened(self):
@@ -215,8 +218,8 @@ class RunLog:
                         # What an earlier process wrote after this step is hidden.
                         self.tensorboard = SummaryWriter(self.out / "tensorboard", purge_step=self.step + 1)
             self.progress = held.enter_context(tqdm(
-                total=self.total_steps * self.images_per_step, unit=" images", unit_scale=True, smoothing=0.05,
-                initial=self.step * self.images_per_step, disable=None if self.is_rank_zero else True,
+                total=self.images_seen + (self.total_steps - self.step) * self.images_per_step, unit=" images",
+                unit_scale=True, smoothing=0.05, initial=self.images_seen, disable=None if self.is_rank_zero else True,
                 bar_format=GROWING_BAR if len(self.gan.growth.sides) > 1 else None))
             self.start = self.last_line = time.perf_counter()
             self.last_step = self.start, 0.0
@@ -306,9 +309,8 @@ class RunLog:
     def _seconds_left(self, speed):
         """By images per second now, and by how much slower steps of the sizes to come were when they were tried."""
         seconds = self.step_seconds.get(self.gan.side) or 1
-        remaining = sum((end - max(start, self.step)) * (self.step_seconds.get(side) or seconds) / seconds
-                        for side, start, end in self.gan.growth.plan(self.images_per_step, self.total_steps)
-                        if end > self.step)
+        remaining = sum((end - start) * (self.step_seconds.get(side) or seconds) / seconds
+                        for side, start, end in self._sizes_to_come())
         return remaining * self.images_per_step / speed
 
     def _mean_metrics(self):
@@ -345,13 +347,12 @@ class RunLog:
 
     @torch.no_grad()
     def choose_detail(self):
-        """Sets the detail that the averaged generator draws, by its weights and the images of reals.png: before each save.
-
-        That is not a part of save, which reads the device once: this reads it for every batch of these images.
-        """
+        """Sets the detail that the averaged generator draws at this step, by its weights and the images of reals.png."""
         if not self.is_rank_zero or not self.config.reconstruction_weight:  # without it reconstructions say nothing
             return
-        vae = self.gan.averaged
+        if self.detail_step == self.step:
+            return
+        vae, self.detail_step = self.gan.averaged, self.step
         detail, vae.detail = vae.detail, 1.0
         with self._optional("the detail of pictures and checkpoints"):
             real = averaged_to(self.reals, self.gan.side)
@@ -417,12 +418,15 @@ class RunLog:
     @torch.no_grad()
     def _measure(self):
         seed, vae, before = self.config.seed, self.gan.averaged, read_metrics(self.out)
-        vae.detail = 1.0  # what is judged are the weights
         real = on_white(evenly_spaced(self.data.images, NUM_MEASURED))
         z = latent_noise(seed, range(len(real)), self.config.latent_dim).to(self.gan.device)
         if self.class_names:
             z = z + vae.class_latents(drawn_labels(seed, range(len(real)), self.class_counts).to(z.device))
-        fake = torch.cat([on_white(vae.decode(part).cpu()) for part in z.split(self.config.batch_size)])
+        detail, vae.detail = vae.detail, 1.0  # what is judged are the weights
+        try:
+            fake = torch.cat([on_white(vae.decode(part).cpu()) for part in z.split(self.config.batch_size)])
+        finally:
+            vae.detail = detail
         places = random_generator(seed, "patches")
         distances = sliced_wasserstein(*(patches(images, generator=places) for images in (real, fake)), generator=places)
         metrics = {"sliced_wasserstein": statistics.mean(distances.values())}
@@ -470,15 +474,20 @@ class RunLog:
                 say(f"warning: {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}{advice}; "
                     "training goes on without it")
 
+    def save_step(self):
+        """Chooses the detail and writes a checkpoint, which is counted as one thing that takes time."""
+        with self.saving.timed(self.step):
+            self.choose_detail()  # reads the device for every batch of reals.png
+            self.save()
+
     def save(self):
         """Writes a checkpoint, unless something in it is not finite."""
-        with self.saving.timed(self.step):
-            self._mean_metrics()
-            if not torch.stack([tensor.isfinite().all() for tensor in self.gan.tensors()]).all():  # one read of the device
-                raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
-            if self.is_rank_zero:
-                save_checkpoint(self.out / "checkpoints", self.step, self._facts() | self.gan.state(),
-                                keep=self.config.keep_checkpoints)
+        self._mean_metrics()
+        if not torch.stack([tensor.isfinite().all() for tensor in self.gan.tensors()]).all():  # one read of the device
+            raise TrainingError(f"step {self.step}: a weight is not finite; this step was not saved")
+        if self.is_rank_zero:
+            save_checkpoint(self.out / "checkpoints", self.step, self._facts() | self.gan.state(),
+                            keep=self.config.keep_checkpoints)
 
     def _facts(self):
         """What a checkpoint holds beside the state of the networks."""
@@ -500,8 +509,7 @@ class RunLog:
     def keep_step(self):
         """Saves and draws this step, where that is not done yet."""
         if self.saving.step != self.step:
-            self.choose_detail()
-            self.save()
+            self.save_step()
         if self.drawing.step != self.step:
             self.draw_samples()
 

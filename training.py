@@ -85,8 +85,7 @@ def train(config, *, data=None, interrupt=None, after_step=None):
                 if log.is_due(config.evaluate_every):
                     log.measure()
                 if log.is_time_to_save():
-                    log.choose_detail()
-                    log.save()
+                    log.save_step()
                 if log.drawing.is_due(log.step):
                     log.draw_samples()
                 if after_step:
@@ -142,7 +141,11 @@ def _prepare(config, data):
             config.check()
         out, checkpoints, state, start = find_run(config, name=name, folder=folder)
         config = resolve_settings(config, state, start, device)
-        data = data or images_of_run(config, state)
+        if data is None:
+            data = images_of_run(config, state)
+        elif data.images.shape[1] != config.channels:
+            raise DataError(f"data: the images have {data.images.shape[1]} channels, {config.initial_checkpoint} has "
+                            f"{config.channels}")
         names, first_side = classes_of_run(config, data, state, start), (state or start or {}).get("first_side", 0)
         try:
             gan = GAN(config, device, first_side=first_side, num_classes=len(names))

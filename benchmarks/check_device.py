@@ -110,10 +110,10 @@ def outputs(device, size, seconds, folder):
             raise RunEndedError
 
     config = Config(data="drawn", image_size=size, device=str(device), out=f"{folder}/run", steps=10**9, keep_checkpoints=1)
-    with timed("draw_samples"), timed("save"), contextlib.suppress(RunEndedError):
+    with timed("draw_samples"), timed("save_step"), contextlib.suppress(RunEndedError):
         training.train(config, data=drawn_images(size), after_step=after_step)
     elapsed = time.perf_counter() - calls[0][1]
-    for name in ("draw_samples", "save"):
+    for name in ("draw_samples", "save_step"):
         took = [end - start for called, start, end in calls if called == name]
         yield f"{len(took)} in {elapsed:.0f} s, {statistics.mean(took or [0]):.2g} s each: {sum(took) / elapsed:.1%}"
 

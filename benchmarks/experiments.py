@@ -50,7 +50,9 @@ def add_row(options, variant, seed, key):
     if status:
         sys.exit(status)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = evaluate.evaluate(load_generator(run), evaluate.Options(data=options.data))
+    vae = load_generator(run)
+    vae.detail = 1.0  # what is compared are the weights, and older rows are from before it was chosen
+    found = evaluate.evaluate(vae, evaluate.Options(data=options.data))
     distances = [value for name, value in found.items() if name.startswith("sliced_wasserstein") and "real" not in name]
     figures = (statistics.median(line["images_per_second"] for line in log), log[-1].get("alpha", ""), distances[0],
                distances[len(distances) // 2], distances[-1], found["diversity"], found["nearest_training_image"],

@@ -269,6 +269,8 @@ def test_images_films_and_figures_of_a_run_with_classes(colours, capfd):
     shown = torch.stack([read(pathlib.Path("generated", name)) for name in names[-2:]])
     assert (shown - vae.decode(z, drawn_labels(0, [0, 1], vae.class_counts))).abs().max() < 1 / 255
     capfd.readouterr()
+    assert generate.main([str(run), "--class", "red", "--data", str(colours)]) == 0
+    assert "note: images are drawn from Gaussians of the encoded images of --data; " in capfd.readouterr().out
     assert generate.main([str(run), "--class", "pink"]) == 2
     assert capfd.readouterr().err == "--class: there is no class 'pink'; there are 'blue', 'green', 'red'\n"
     metrics = evaluate.evaluate(vae, evaluate.Options(data=str(colours), num_images=8, skip_bad=True))

@@ -356,6 +356,16 @@ def test_a_run_whose_images_or_project_were_moved_or_copied_goes_on(image_folder
     assert [line["step"] for line in metrics(RUN)] == [2, 4, 5]
 
 
+def test_a_moved_run_that_began_with_a_grey_generator_goes_on(image_folder, train_tiny, tmp_path):
+    train_tiny(steps=1, channels=1, out="first")
+    train_tiny(steps=1, initial_checkpoint="first")
+    (tmp_path / "now").mkdir()
+    image_folder.rename(tmp_path / "now" / "images")
+    run = train_tiny(steps=2, initial_checkpoint="first", data=str(tmp_path / "now" / "images"))
+    assert run == RUN
+    assert newest(run)["step"] == 2
+
+
 def test_where_the_images_are_others_or_unknown_the_run_is_named_and_how_to_go_on(image_folder, train_tiny, tmp_path, capfd):
     train_tiny(steps=2)
     (tmp_path / "now").mkdir()

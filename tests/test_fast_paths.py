@@ -320,7 +320,7 @@ def test_a_changed_critic_gets_the_penalty_of_what_it_computes_and_one_line_says
     gan, said = tiny_gan(), []
     use_fast_layers(gan, report=said.append)
     (line,) = said
-    assert line.startswith("warning: training goes on with the penalty by double backward, which is slower: ")
+    assert line.startswith("warning: the penalty by double backward is used, which is slower: ")
     real, z, mixing, numbers = critic_arguments(torch.rand(4, 3, 32, 32))
     if critic is GatedCritic:
         nn.init.ones_(gan.critic.gate)
@@ -370,7 +370,7 @@ def test_a_changed_layer_is_left_as_it_is_and_one_line_says_so(monkeypatch, chan
     gan, said = tiny_gan(), []
     change(monkeypatch, gan)
     use_fast_layers(gan, report=said.append)
-    assert [line.split(",")[0] for line in said] == ["warning: training goes on with the layer that makes a whole video"]
+    assert [line.split(",")[0] for line in said] == ["warning: the layer that makes a whole video is used"]
     assert not any("parts" in vars(network.output_layer) for network in (gan.generator, gan.averaged))
 
 

@@ -359,6 +359,14 @@ def test_photos_and_folders_of_them_and_of_films_are_reconstructed(checkpoint, p
     assert clip("dogs-film-reconstruction.mp4").shape == (24, 3, 64, 64)
 
 
+def test_names_that_are_long_together_are_cut(checkpoint, tmp_path):
+    photos = [str(save_picture(tmp_path / "set" / ("ж" * 100) / f"{letter * 40}.png")) for letter in "жщф"]
+    assert generate.main([str(checkpoint), "--video", "0.1", "--keyframes", *photos]) == 0
+    assert generate.main([str(checkpoint), "--reconstruct", "set"]) == 0
+    assert written() == ["ж" * 40 + "-to-" + "щ" * 40 + "-to-" + "ф" * 6 + ".webp", "ж" * 90 + "-2-reconstruction.png",
+                         "ж" * 90 + "-3-reconstruction.png", "ж" * 90 + "-reconstruction.png"]
+
+
 @pytest.mark.parametrize("ending", ["webp", "gif"])
 def test_a_film_is_reconstructed_in_other_formats_too(checkpoint, tmp_path, ending):
     film = moving_square(tmp_path / "film.mkv", times=[100 * index for index in range(24)], sound="aac")
@@ -391,6 +399,10 @@ def test_what_a_format_cannot_have_is_said(checkpoint, tmp_path, capfd):
     assert "its sound is left out, which only --format mp4 can have" in capfd.readouterr().out
     assert generate.main([str(checkpoint), "--reconstruct", str(film), "--format", "gif"]) == 2
     assert "60 frames per second, and players show more than 50 of a GIF wrongly" in capfd.readouterr().err
+    photo = save_picture(tmp_path / "photo.png")
+    assert generate.main([str(checkpoint), "--reconstruct", str(film), str(photo), "--format", "gif", "--out", "new"]) == 0
+    assert "a GIF wrongly; --format mp4 can have them; it is left out\n" in capfd.readouterr().out
+    assert os.listdir("new") == ["photo-reconstruction.png"]
 
 
 def test_what_is_no_film_or_photo_is_said_before_anything_is_written(checkpoint, tmp_path, capfd):

@@ -30,13 +30,14 @@ import generate
 import training
 from batches import first_batches
 from checkpointing import CheckpointError, critic_arguments, list_checkpoints, load_generator, load_start
-from config import Config
+from config import Config, from_command_line
 from devices import DeviceError
 from fast_paths import use_fast_layers, use_fast_updates, written_out_gradient
 from growth import Growth, averaged_to
+from image_files import DataError
 from model_definitions import VAE, Discriminator
 from randomness import random_generator
-from resuming import RunFolderError
+from resuming import RunFolderError, resolve_settings
 from synthetic_video import synthetic_video
 from wgan_gp import GAN
 
@@ -234,6 +235,11 @@ def test_a_plan_names_each_size_that_a_run_gets_to():
     assert growth.plan(16, 4) == [(32, 0, 4)]
     assert growth.plan(16, 6) == [(32, 0, 4), (64, 4, 6)]
     assert growth.steps_for_all(16) == 22
+    # Of another batch size from here on, and after the last step.
+    assert growth.plan(8, 20, step=4, images_seen=64) == [(64, 4, 15), (128, 15, 20)]
+    assert growth.plan(8, 20, step=15, images_seen=152) == [(128, 15, 20)]
+    assert growth.plan(8, 4, step=4, images_seen=64) == []
+    assert growth.steps_for_all(8, step=4, images_seen=64) == 40
 
 
 def test_a_run_that_ends_too_early_says_so_at_the_start_and_at_the_end(train_tiny, capfd):
@@ -243,6 +249,15 @@ def test_a_run_that_ends_too_early_says_so_at_the_start_and_at_the_end(train_tin
     assert capfd.readouterr().out.count(warning) == 2
     train_tiny(steps=10, image_size=128, grow_every_images=12)
     assert "warning" not in capfd.readouterr().out
+
+
+def test_a_run_that_goes_on_with_other_batches_plans_by_the_images_it_has_seen(train_tiny, capfd):
+    train_tiny(steps=10, image_size=128, grow_every_images=12)  # 40 images in batches of 4: 128 px since 36
+    capfd.readouterr()
+    train_tiny(steps=14, batch_size=2, image_size=128, grow_every_images=12)
+    said = capfd.readouterr().out
+    assert "plan" not in said
+    assert "the run ends with images" not in said
 
 
 def test_a_dry_run_prints_the_plan(train_tiny, image_folder, capfd):
@@ -386,6 +401,21 @@ def test_a_generator_alone_gets_a_fresh_critic_and_other_images(train_tiny, imag
     file.unlink()
     assert newest(train_tiny(steps=3, data="others", initial_checkpoint=str(file)))["step"] == 3
     assert newest(train_tiny(steps=2))["step"] == 2
+
+
+def test_the_demo_can_begin_with_a_run_at_the_defaults(train_tiny):
+    train_tiny(steps=1, out="first")
+    config = from_command_line(["--demo", "--initial-checkpoint", "first", "--image-size", "64"])
+    config = resolve_settings(config, None, load_start("first", 64), torch.device("cpu"))
+    assert (config.base_size, config.latent_dim) == (64, 8)
+
+
+def test_images_in_memory_of_other_channels_than_the_checkpoint_are_refused(train_tiny):
+    train_tiny(steps=1, channels=1, out="first")
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(DataError, match="^data: the images have 3 channels, first has 1$"):
+        training.train(Config(**{**TINY, "data": "mine", "initial_checkpoint": "first"}), data=images)
+    assert not os.path.exists("runs")
 
 
 @pytest.mark.parametrize(("settings", "said"), [

@@ -1,3 +1,4 @@
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -108,6 +109,18 @@ def test_the_detail_of_a_step_does_not_depend_on_what_was_done_before(train_tiny
     assert_same(newest(often), newest(once))
     for step in range(4):
         assert len({(run / f"samples/step_{step:07d}.png").read_bytes() for run in (often, once)}) == 1
+
+
+def test_the_detail_is_chosen_once_a_step_and_kept_by_a_measurement_and_on_resume(train_tiny, monkeypatch, capfd):
+    chosen = []
+    monkeypatch.setattr(run_log, "detail_worth_drawing", lambda real, again: chosen.append(real) or 0.25)
+    train_tiny(steps=2, sample_every=2, checkpoint_every=2)
+    assert len(chosen) == 2  # for the first picture and for the last step, which is saved and drawn
+    capfd.readouterr()
+    worse = itertools.count(1)
+    monkeypatch.setattr(run_log, "sliced_wasserstein", lambda *images, generator: {32: next(worse)})
+    train_tiny(steps=5, log_every=1, evaluate_every=1)
+    assert capfd.readouterr().out.count("  detail 0.25  ") == 3
 
 
 def test_where_nothing_is_reconstructed_all_detail_is_drawn(train_tiny):
