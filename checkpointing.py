@@ -135,7 +135,7 @@ def settings_of_file(settings):
     if {"image_height", "image_width"} & settings.keys():
         settings["image_size"] = settings.pop("image_height", None), settings.pop("image_width", None)
     if "image_size" in settings:
-        settings = {"channels": 3, "base_size": None, "grow_from": None, **settings}
+        settings = {"channels": 3, "base_size": None, "grow_from": None, "even_taps": False, **settings}
         with contextlib.suppress(ValueError):  # an impossible size is refused by who uses it
             settings["image_size"] = plain_size(settings["image_size"])
     return settings

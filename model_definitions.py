@@ -24,6 +24,7 @@ This file is plain PyTorch and can be changed freely: faster forms of these comp
 only where they give the same numbers. There is no batch normalization, because the gradient penalty treats each sample on
 its own.
 """
+import functools
 import math
 from typing import NamedTuple
 
@@ -234,11 +235,27 @@ class StaticParamTanh(nn.Module):
         return self.parts(images)[-1]
 
 
+class EvenConvTranspose2d(nn.ConvTranspose2d):
+    """Maps (N, F, H, W) to (N, C, 2H, 2W), with 4 x 4 weights and stride 2, and even maps to even ones.
+
+    Every pixel gets 4 of the 16 weights: which, depends on whether its row and its column are odd. Where these four sums
+    differ, a chequerboard lies over the image, and training leaves one. So before use they are all set to their mean.
+    """
+
+    def __init__(self, wide, narrow):
+        super().__init__(wide, narrow, 4, stride=2, padding=1)
+
+    def forward(self, features):
+        taps = self.weight.unflatten(3, (2, 2)).unflatten(2, (2, 2))  # (F, C, 2, odd row, 2, odd column)
+        means = taps.mean(dim=(2, 4), keepdim=True)
+        weights = (taps - means + means.mean(dim=(3, 5), keepdim=True)).flatten(4).flatten(2, 3)
+        return F.conv_transpose2d(features, weights, self.bias, stride=2, padding=1)
+
+
 class SmoothEnlargement(nn.ConvTranspose2d):
     """Maps (N, F, H, W) to images (N, C, 2H, 2W): each pixel doubled, and then a 3 x 3 convolution, as one operation.
 
-    The 16 free weights of a ConvTranspose2d of 4 x 4 can add up to four different numbers for the four pixels that come from
-    one, and training leaves such a chequerboard. Here each of 9 weights is four of the 16, so that the sums are equal.
+    Each of 9 weights is four of the 16 of a ConvTranspose2d of 4 x 4, so that the sums of EvenConvTranspose2d are equal.
     """
 
     def __init__(self, width, channels):
@@ -264,6 +281,7 @@ class VAE(nn.Module):
         alpha_grid: G.
         grow_from: shorter side of the smallest size that it can work at; by default that of image_size.
         num_classes: K, 0 for none.
+        even_taps: whether the decoder's layers are EvenConvTranspose2d, not ConvTranspose2d, as in older checkpoints.
 
     Attributes:
         image_sizes: (H, W) of each size that it can work at, the largest first.
@@ -279,7 +297,7 @@ class VAE(nn.Module):
     """
 
     def __init__(self, *, image_size=128, channels=3, latent_dim=128, base_channels=32, num_frames=16, output_layer="cnn",
-                 alpha_grid=16, base_size=None, grow_from=None, num_classes=0):
+                 alpha_grid=16, base_size=None, grow_from=None, num_classes=0, even_taps=True):
         super().__init__()
         if output_layer not in OUTPUT_LAYERS:
             raise ValueError(f"output_layer must be one of {', '.join(OUTPUT_LAYERS)}, got {output_layer!r}")
@@ -293,11 +311,13 @@ class VAE(nn.Module):
         self.mu = nn.Linear(features, latent_dim)
         self.logvar = nn.Linear(features, latent_dim)
         layers = [nn.Linear(latent_dim, features), nn.ReLU(), nn.Unflatten(1, smallest)]
+        doubling = EvenConvTranspose2d if even_taps else functools.partial(
+            nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
         for wide, narrow in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True):
-            layers += [nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1), nn.ReLU()]
+            layers += [doubling(wide, narrow), nn.ReLU()]
         *later, first = widths[:len(self.image_sizes)]  # of the maps that an image of each size is drawn from
         outputs = [SmoothEnlargement(width, channels) for width in later]
-        outputs.append(nn.ConvTranspose2d(first, channels, 4, stride=2, padding=1))
+        outputs.append(doubling(first, channels))
         self.decoder = nn.Sequential(*layers, outputs[0])
         self.outputs = nn.ModuleList(outputs[1:])
         layer = {"image_size": self.image_shape[1:], "channels": channels, "alpha_grid": alpha_grid}

@@ -265,7 +265,7 @@ def _with_model_of(config, model):
     """Returns the config with the model_arguments of the checkpoint that the run has begun with, which it says."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)} | (DEMO if config.demo else {})
     changes = {name: value for name, value in model.items()
-               if name not in ("image_size", "num_classes") and getattr(config, name) != value}
+               if name not in ("image_size", "num_classes", "even_taps") and getattr(config, name) != value}
     faults = [f"{option_name(name)}: {config.initial_checkpoint} has {value}, got {getattr(config, name)}"
               for name, value in changes.items() if getattr(config, name) != defaults[name]]
     if faults:

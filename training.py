@@ -148,7 +148,8 @@ def _prepare(config, data):
                             f"{config.channels}")
         names, first_side = classes_of_run(config, data, state, start), (state or start or {}).get("first_side", 0)
         try:
-            gan = GAN(config, device, first_side=first_side, num_classes=len(names))
+            gan = GAN(config, device, first_side=first_side, num_classes=len(names), even_taps=bool(
+                (state or start)["model_arguments"]["even_taps"] if state or start else True))
         except RuntimeError as error:  # torch raises it when memory cannot be had
             raise TrainingError(f"networks of this size cannot be made here: {str(error).splitlines()[0]}") from None
         if state:

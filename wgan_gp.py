@@ -38,11 +38,12 @@ class GAN:
         model_arguments: the keyword arguments of `generator`.
     """
 
-    def __init__(self, config, device, *, first_side=0, num_classes=0):
-        """first_side: as for growth.growth_of; num_classes: as for VAE."""
+    def __init__(self, config, device, *, first_side=0, num_classes=0, even_taps=True):
+        """first_side: as for growth.growth_of; num_classes, even_taps: as for VAE."""
         torch.manual_seed(random_generator(config.seed, "weights").initial_seed())
         self.config, self.device, self.input_gradient = config, device, None
-        self.model_arguments = config.model_arguments() | ({"num_classes": num_classes} if num_classes else {})
+        self.model_arguments = config.model_arguments() | {"even_taps": even_taps} | (
+            {"num_classes": num_classes} if num_classes else {})
         self.generator = VAE(**self.model_arguments).to(device)
         self.critic = Discriminator(**critic_arguments(self.model_arguments)).to(device)
         # Convolutions are fastest in channels_last; on mps several have been wrong in it. The CNN is left out: its input is

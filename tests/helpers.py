@@ -25,7 +25,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = {"image_size": 32, "base_channels": 4, "latent_dim": 8, "batch_size": 4, "device": "cpu", "precision": "float32",
         "log_every": 2, "sample_every": 1_000, "checkpoint_every": 1_000}
 TIMES = ("images_per_second", "elapsed_seconds")
-MODEL = {"image_size": 32, "latent_dim": 8, "base_channels": 2, "num_frames": 3, "output_layer": "cnn", "alpha_grid": 4}
+MODEL = {"image_size": 32, "latent_dim": 8, "base_channels": 2, "num_frames": 3, "output_layer": "cnn", "alpha_grid": 4,
+         "even_taps": True}
 STATE = {"images_seen": 0, "elapsed_seconds": 0.0, "num_images": 1, "config": {"seed": 0}, "model_arguments": MODEL,
          "pending_metrics": {"loss": torch.tensor([1.5])}, "generator": {"a": torch.arange(6.0)},
          "averaged": VAE(**MODEL).state_dict(), "critic": {}, "generator_optimizer": {}, "critic_optimizer": {}}

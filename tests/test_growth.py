@@ -23,19 +23,27 @@ from helpers import (
     wait_until,
 )
 from PIL import Image, ImageChops
+from torch import nn
 from torch.nn import functional as F
 
 import evaluate
 import generate
 import training
 from batches import first_batches
-from checkpointing import CheckpointError, critic_arguments, list_checkpoints, load_generator, load_start
+from checkpointing import (
+    CheckpointError,
+    critic_arguments,
+    list_checkpoints,
+    load_generator,
+    load_start,
+    save_checkpoint,
+)
 from config import Config, from_command_line
 from devices import DeviceError
 from fast_paths import use_fast_layers, use_fast_updates, written_out_gradient
 from growth import Growth, averaged_to
 from image_files import DataError
-from model_definitions import VAE, Discriminator
+from model_definitions import VAE, Discriminator, EvenConvTranspose2d
 from randomness import random_generator
 from resuming import RunFolderError, resolve_settings
 from synthetic_video import synthetic_video
@@ -329,6 +337,21 @@ def test_a_run_begun_without_growth_goes_on_without_it_and_without_a_word(train_
     assert "plan" not in said
 
 
+def test_a_checkpoint_from_before_taps_were_even_draws_and_trains_as_it_did(train_tiny, capfd):
+    run = train_tiny(steps=1)
+    assert newest(run)["model_arguments"]["even_taps"]
+    state = newest(run)
+    del state["model_arguments"]["even_taps"], state["format"]
+    save_checkpoint(run / "checkpoints", state.pop("step"), state, keep=1)
+    capfd.readouterr()
+    for again in (run, train_tiny(steps=2), train_tiny(steps=1, initial_checkpoint=str(run), out="further")):
+        kinds = {type(layer) for layer in load_generator(again).decoder}
+        assert nn.ConvTranspose2d in kinds
+        assert EvenConvTranspose2d not in kinds
+        assert newest(again)["model_arguments"]["even_taps"] is False
+    assert "even" not in capfd.readouterr().out
+
+
 def test_a_resume_that_would_shrink_the_images_is_refused(train_tiny):
     train_tiny(steps=4, **GROWING)
     with pytest.raises(CheckpointError, match="--grow-every-images: this run has learned 64 px, and with 100 it would go"):
@@ -375,7 +398,8 @@ def test_larger_networks_that_begin_with_smaller_ones_compute_the_same_and_grow(
 def test_the_critic_of_a_larger_network_scores_as_the_one_that_it_begins_with(train_tiny):
     run = train_tiny(steps=3, out="first")
     start = load_start(run, 128)
-    gan = GAN(dataclasses.replace(Config(data="x", **TINY), **start["model_arguments"]), torch.device("cpu"), first_side=32)
+    settings = {name: value for name, value in start["model_arguments"].items() if name != "even_taps"}
+    gan = GAN(dataclasses.replace(Config(data="x", **TINY), **settings), torch.device("cpu"), first_side=32)
     gan.begin_with(start)
     critic = Discriminator(**critic_arguments(newest(run)["model_arguments"]))
     critic.load_state_dict(newest(run)["critic"])

@@ -420,6 +420,22 @@ def test_an_output_layer_can_be_transformed_by_torch_func(network):
         torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_even_transposed_convolutions_make_even_maps_of_even_ones_and_start_as_plain_ones():
+    even, plain = (VAE(image_size=32, base_channels=2, even_taps=even_taps).decoder[3] for even_taps in (True, False))
+    plain.load_state_dict(even.state_dict())
+    features = torch.randn(2, even.in_channels, 4, 6)
+    torch.testing.assert_close(even(features), plain(features))
+    nn.init.normal_(even.weight)
+    inner = even(torch.ones_like(features))[..., 1:-1, 1:-1]
+    torch.testing.assert_close(inner, inner[..., :1, :1].expand_as(inner), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # nothing but the four sums is changed
+        plain.weight.copy_(even.weight)
+        sums = even.weight.unflatten(3, (2, 2)).unflatten(2, (2, 2)).sum(dim=(2, 4))
+        rest = (sums.mean(dim=(2, 3), keepdim=True) - sums).repeat(1, 1, 2, 2) / 4
+        plain.weight.add_(rest)
+    torch.testing.assert_close(even(features), plain(features), rtol=1e-4, atol=1e-4)
+
+
 def test_smooth_enlargement_is_a_convolution_of_doubled_pixels():
     layer = SmoothEnlargement(5, 3).double()
     features = torch.randn(2, 5, 6, 7, dtype=torch.float64)
