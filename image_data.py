@@ -259,7 +259,7 @@ def _name(path, folder):
     return os.path.relpath(path, folder).replace("\n", "\\n")
 
 
-class _Decoders(ThreadPoolExecutor):
+class DecodingThreads(ThreadPoolExecutor):
     """Threads that leave undone what they have not begun when a `with` block ends by an error or a signal."""
 
     def __exit__(self, *error):
@@ -330,7 +330,7 @@ class _Cache:
             raise DataError(f"the cache of {len(paths)} images at {size_text(self.shape[1:])} px needs {needed:,} bytes in "
                             f"{self.path.parent}, {free:,} are free; --cache-dir names another place")
         files, paths_of_files = [], []
-        with (atomic_write(self.path, bytes_needed=needed) as file, _Decoders(num_cpus()) as pool,
+        with (atomic_write(self.path, bytes_needed=needed) as file, DecodingThreads(num_cpus()) as pool,
               warnings.catch_warnings(), tqdm(total=len(paths), desc="decoding", unit="file", disable=None) as progress):
             warnings.simplefilter("ignore")  # Pillow warns about single files; what cannot be read is named in FileFacts
             read = functools.partial(self._read, levels=self.levels)

@@ -82,12 +82,12 @@ def test_the_number_of_cpus_is_that_of_the_affinity(tmp_path, monkeypatch):
 def test_as_many_files_are_decoded_at_a_time_as_there_are_cpus(monkeypatch):
     seen = []
 
-    class Pool(image_data.ThreadPoolExecutor):
+    class Threads(image_data.DecodingThreads):
         def __init__(self, number):
             seen.append(number)
             super().__init__(number)
 
-    monkeypatch.setattr(image_data, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(image_data, "DecodingThreads", Threads)
     monkeypatch.setattr(image_data, "num_cpus", lambda: 3)
     save_picture("pictures/a.png")
     image_data.load_images("pictures", 32, cache_dir="cache")
